@@ -105,7 +105,7 @@ class ElfCore:
             address space or in the file, or are not made of whole pages.
         """
         table_offset, count = _program_headers(file)
-        table = file.records(_PHDR, table_offset, count, f"{count} program headers")
+        table = file.records(_PHDR, table_offset, count, f"the table of {count} program headers")
         loads = _checked_loads(file, table, table_offset)
         if not len(loads):
             raise file.error(

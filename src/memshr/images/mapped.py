@@ -80,7 +80,8 @@ class MappedFile:
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
             descriptor = os.open(self.path, flags)
         except (OSError, ValueError) as error:
-            raise self._failed("cannot be opened", error) from error
+            remedy = "run as a user who may read it" if isinstance(error, PermissionError) else ""
+            raise self._failed("cannot be opened", error, remedy=remedy) from error
         try:
             self._require_regular(os.fstat(descriptor).st_mode)
         except BaseException:
@@ -114,7 +115,7 @@ class MappedFile:
         except (OSError, ValueError, OverflowError) as error:
             raise self._failed("cannot be mapped", error, remedy="copy it to a local disk first") from error
 
-    def _failed(self, what: str, error: Exception, *, remedy: str = "") -> ImageError:
+    def _failed(self, what: str, error: Exception, *, remedy: str) -> ImageError:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return self.error(f"{what}: {reason}", remedy=remedy)
 
