@@ -191,7 +191,10 @@ class ImageError(MemshrError):
 
     def __str__(self) -> str:
         place = f" at offset {self.offset:#x}" if self.offset is not None else ""
-        return f"{self.path}: {super().__str__()}{place}" if self.path else super().__str__() + place
+        # A file name may hold line ends or bytes that no terminal can print; the message stays one printable line.
+        name = self.path if self.path.isprintable() else repr(self.path)
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{name}: {self.args[0]}{place}{remedy}" if name else f"{self.args[0]}{place}{remedy}"
 
 
 class BackendError(MemshrError):

@@ -1,0 +1,59 @@
+"""Raw images: page after page from guest physical address 0 on, and nothing else.
+
+QEMU's ``pmemsave 0 SIZE``, Firecracker's ``mem_file`` and VMware's ``.vmem`` of a small guest are of this kind. The
+format has no magic number, so a raw image is what no other format claims; files that plainly are something else are
+refused, because counting the pages of a compressed file answers a question that nobody asked.
+"""
+
+from __future__ import annotations
+
+from memshr.images.mapped import MappedFile
+from memshr.types import MAX_GFN_BITS, PAGE_SIZE, Extent, Gfn
+
+_OTHERS: dict[bytes, tuple[str, str]] = {
+    b"\x1f\x8b": ("a gzip file", "unpack it first"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", "unpack it first"),
+    b"\xfd7zXZ\0": ("an xz file", "unpack it first"),
+    b"BZh": ("a bzip2 file", "unpack it first"),
+    b"PK\x03\x04": ("a zip file", "unpack it first"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z file", "unpack it first"),
+    b"QFI\xfb": ("a qcow2 disk", "name an image of memory, not of a disk"),
+    b"KDMV": ("a VMDK disk", "name an image of memory, not of a disk"),
+    b"KDUMP   ": ("a kdump-compressed dump", "write an ELF dump: dump-guest-memory without a format"),
+    b"makedumpfile\0": ("a flattened kdump-compressed dump", "write an ELF dump: dump-guest-memory without a format"),
+    b"QEVM": ("a QEMU migration stream", "write an ELF dump: dump-guest-memory"),
+    b"EMiL": ("a LiME image", "write it again with LiME's format=padded"),
+    b"AVML": ("an AVML image", "convert it to raw with avml-convert"),
+}
+"""First bytes of files that are no raw images -> what they are, and what to do about it."""
+
+
+class Raw:
+    """Pages from address 0 on. Claims every file, so it must be asked last."""
+
+    name = "raw"
+
+    def detect(self, file: MappedFile) -> bool:
+        """True.
+
+        :raises ImageError: the file begins like one of the kinds that are no raw images.
+        """
+        for magic, (what, remedy) in _OTHERS.items():
+            if file.starts_with(magic):
+                raise file.error(f"this is {what}, not a raw image", remedy=f"{remedy}, or say --format raw")
+        return True
+
+    def extents(self, file: MappedFile) -> list[Extent]:
+        """The whole file as one extent at gfn 0.
+
+        :raises ImageError: its size is not a multiple of PAGE_SIZE, or exceeds what a guest can address.
+        """
+        count, rest = divmod(file.size, PAGE_SIZE)
+        if rest:
+            raise file.error(
+                f"no known image format, and no raw image: {file.size} bytes are not a multiple of {PAGE_SIZE}",
+                remedy="a raw image holds whole pages; write or copy it again if it was cut short",
+            )
+        if count > 1 << MAX_GFN_BITS:
+            raise file.error(f"{count} pages are more than a guest can have ({1 << MAX_GFN_BITS})")
+        return [Extent(Gfn(0), file.pages(0, count))]

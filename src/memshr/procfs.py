@@ -1,0 +1,242 @@
+"""The memory of another process, as Linux's /proc shows it: what is mapped, what is there, and its bytes.
+
+What makes this hard: the process goes on while we look. It maps and unmaps, runs another program, or exits, and its
+number is given to somebody else. So the directory /proc/PID is opened once and everything is opened relative to it: it
+stands for that process and never for the next one of the same number. The open ``mem`` file stands for the address
+space as it was when it was opened, and reads as empty once that is gone.
+
+Sources: proc(5); the kernel's ``fs/proc/base.c`` (mem), ``Documentation/admin-guide/mm/pagemap.rst``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memshr.errors import BackendError, ImageError, MemshrError, PermissionDeniedError, UnsupportedError
+from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
+
+_PAGEMAP_BATCH_PAGES = 1 << 20
+"""8 MiB of pagemap in one read: a mapping may be terabytes of address space with next to nothing in it."""
+
+_PRESENT_OR_SWAPPED = np.uint64(3 << 62)
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One line of /proc/PID/maps: the addresses ``start`` up to, not including, ``end``.
+
+    ``path`` is what the kernel prints: a file (a line end in it reads ``\\012``, and a file that was removed ends in
+    `` (deleted)``), a name in brackets, or nothing for an anonymous mapping.
+    """
+
+    start: int
+    end: int
+    readable: bool
+    writable: bool
+    executable: bool
+    shared: bool
+    offset: int
+    dev_major: int
+    dev_minor: int
+    inode: int
+    path: str
+
+    @property
+    def pages(self) -> int:
+        """How many pages of address space it takes."""
+        return (self.end - self.start) >> PAGE_SHIFT
+
+
+def parse_maps(text: str) -> list[Mapping]:
+    """The mappings of a process, in order of address.
+
+    :param text: contents of /proc/PID/maps.
+    :raises ValueError: a line is not of the form that the kernel writes.
+    """
+    mappings = []
+    for line in text.split("\n"):
+        if not line:
+            continue
+        addresses, flags, offset, device, inode, *rest = line.split(" ", 5)
+        start, end = addresses.split("-")
+        major, minor = device.split(":")
+        mappings.append(
+            Mapping(
+                start=int(start, 16),
+                end=int(end, 16),
+                readable=flags[0] == "r",
+                writable=flags[1] == "w",
+                executable=flags[2] == "x",
+                shared=flags[3] == "s",
+                offset=int(offset, 16),
+                dev_major=int(major, 16),
+                dev_minor=int(minor, 16),
+                inode=int(inode),
+                path=rest[0].lstrip(" ") if rest else "",
+            )
+        )
+    return mappings
+
+
+def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The runs of True in ``mask`` (shape ``(n,)``): shape ``(runs, 2)``, each row its start and its end."""
+    steps = np.diff(mask.astype(np.int8), prepend=0, append=0)
+    return np.flatnonzero(steps).astype(np.int64).reshape(-1, 2)
+
+
+class ProcessMemory:
+    """The memory of one process, for reading. A context manager.
+
+    :raises ImageError: there is no process ``pid``, or it has no memory of its own.
+    :raises PermissionDeniedError: this user may not read it.
+    :raises UnsupportedError: this machine has no Linux /proc.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        with contextlib.ExitStack() as stack:
+            try:
+                self._directory = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
+            except OSError as error:
+                if not Path("/proc/self/mem").exists():
+                    raise UnsupportedError("memory of processes can be read on Linux only, with /proc") from error
+                if error.errno in {errno.ENOENT, errno.ESRCH, errno.ENOTDIR}:
+                    raise ImageError(
+                        "there is no such process", path=f"pid:{pid}", remedy="look for the number with ps or pgrep"
+                    ) from error
+                raise self._failed(error) from error
+            stack.callback(os.close, self._directory)
+            try:
+                self._mem = self._open("mem")
+                stack.callback(os.close, self._mem)
+                # A kernel thread, or a process that has exited and waits to be reaped, has maps, but nothing in them.
+                if not self._read_text("maps"):
+                    raise self._gone()
+            except OSError as error:
+                raise self._failed(error) from error
+            try:
+                self._pagemap: int | None = self._open("pagemap")
+                stack.callback(os.close, self._pagemap)
+            except OSError:
+                self._pagemap = None
+            self._files = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what is open. Closing twice does nothing."""
+        self._files.close()
+
+    @property
+    def has_pagemap(self) -> bool:
+        """Whether it can be told which pages are there; if not, ``populated`` takes all of them to be."""
+        return self._pagemap is not None
+
+    def mappings(self) -> list[Mapping]:
+        """What the process has mapped at this moment, in order of address.
+
+        :raises ImageError: the process is gone.
+        """
+        try:
+            return parse_maps(self._read_text("maps"))
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def populated(self, start: int, end: int) -> NDArray[np.int64]:
+        """The parts of ``[start, end)`` that have a page, in memory or swapped out; costs 8 bytes read for each page.
+
+        Anonymous memory that was never touched has none and reads as zeros; a mapped file has pages as far as the
+        process has used them. Without a pagemap the answer is everything.
+
+        :param start: address of a page; ``end`` likewise.
+        :returns: shape ``(n, 2)``, each row start and end address; ascending, rows neither touch nor overlap.
+        :raises ImageError: the process is gone.
+        """
+        if self._pagemap is None:
+            return np.array([[start, end]], dtype=np.int64)
+        runs = [np.empty((0, 2), dtype=np.int64)]
+        entries = np.empty(min(_PAGEMAP_BATCH_PAGES, (end - start) >> PAGE_SHIFT), dtype=np.uint64)
+        for first in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT, _PAGEMAP_BATCH_PAGES):
+            batch = entries[: min(_PAGEMAP_BATCH_PAGES, (end >> PAGE_SHIFT) - first)]
+            got = 0
+            while got < batch.nbytes:
+                try:
+                    count = os.preadv(self._pagemap, [batch.view(np.uint8).data[got:]], first * 8 + got)
+                except OSError as error:
+                    raise self._failed(error) from error
+                if not count:
+                    raise self._gone()
+                got += count
+            runs.append((true_runs((batch & _PRESENT_OR_SWAPPED) != 0) + first) << PAGE_SHIFT)
+        found = np.concatenate(runs)
+        goes_on = np.flatnonzero(found[1:, 0] == found[:-1, 1])  # from one batch into the next
+        return np.stack([np.delete(found[:, 0], goes_on + 1), np.delete(found[:, 1], goes_on)], axis=1)
+
+    def read(self, address: int, out: PageBytes) -> NDArray[np.bool_]:
+        """Read consecutive pages, one ``preadv`` for all of them unless some cannot be read.
+
+        The process goes on meanwhile: each page may be torn. Reading a page that was never touched makes the kernel
+        map its zero page there, which costs the process page tables but no memory.
+
+        :param address: of the first page.
+        :param out: shape ``(n, PAGE_SIZE)``, uint8, C-contiguous; gets the contents.
+        :returns: shape ``(n,)``: which pages could be read; the rows of the others hold no particular bytes.
+        :raises ImageError: the process has exited or runs another program by now.
+        """
+        readable = np.ones(len(out), dtype=np.bool_)
+        page = 0
+        while page < len(out):
+            try:
+                got = os.preadv(self._mem, [out[page:].data], address + page * PAGE_SIZE)
+            except OSError as error:
+                if error.errno not in {errno.EIO, errno.EFAULT}:
+                    raise self._failed(error) from error
+                got = -1
+            if not got:
+                raise self._gone()
+            if got >= PAGE_SIZE:
+                page += got // PAGE_SIZE
+            else:
+                readable[page] = False
+                page += 1
+        return readable
+
+    def _open(self, name: str) -> int:
+        return os.open(name, os.O_RDONLY, dir_fd=self._directory)
+
+    def _read_text(self, name: str) -> str:
+        with os.fdopen(self._open(name), "rb") as file:
+            return os.fsdecode(file.read())
+
+    def _gone(self) -> ImageError:
+        return ImageError(
+            "the process has no memory: it has exited, runs another program by now, or is a kernel thread",
+            path=f"pid:{self.pid}",
+            remedy="look for the number with ps or pgrep",
+        )
+
+    def _failed(self, error: OSError) -> MemshrError:
+        if error.errno in {errno.ENOENT, errno.ESRCH}:
+            return self._gone()
+        if error.errno in {errno.EACCES, errno.EPERM}:
+            return PermissionDeniedError(
+                f"pid:{self.pid}: not permitted to read the memory of this process",
+                remedy="run as root, or allow it with CAP_SYS_PTRACE; kernel.yama.ptrace_scope may forbid it even to "
+                "the user whose process it is",
+            )
+        return BackendError(f"pid:{self.pid}: cannot be read: {os.strerror(error.errno or 0)}")
