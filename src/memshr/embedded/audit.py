@@ -263,7 +263,7 @@ def _check_counters(books: MemSharing, slots: Slots, shared_pids: Index, finding
 
 def _owned_pages(books: MemSharing, domid: int) -> int:
     p2m = books.domains[domid].p2m
-    owned = sum(part.count for part in p2m.untouched())
+    owned = sum(part.count for part in p2m.untouched()) + len(books.domains[domid].orphans)
     for _, chunk in p2m.touched():
         kinds: NDArray[np.int64] = chunk & TYPE_MASK
         owned += int(np.count_nonzero((chunk >> TYPE_BITS != 0) & _OWNED[kinds]))

@@ -5,14 +5,15 @@ This is what a toolstack (libxl) and a guest do to memory; the sharing calls tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from memshr import errors
+from memshr.embedded.columns import CHUNK_BITS
 from memshr.embedded.fork import fill_from_parent
-from memshr.embedded.mem_sharing import Domain, MemSharing
+from memshr.embedded.mem_sharing import Domain, MemSharing, PageTables
 from memshr.embedded.memory import MachineMemory
 from memshr.embedded.p2m import CHUNK_BITS_PER_DOMAIN, TYPE_BITS, TYPE_MASK, FrameExtent, P2m, entry, is_ram
 from memshr.embedded.shared_frames import NOWHERE, page_id
@@ -27,6 +28,7 @@ SLACK_PAGES = 64
 GRANT_ENTRIES = 512
 """References of a grant table of one frame, as a new domain has it (8-byte entries of version 1)."""
 
+_GFNS_OF_A_TABLE = 512
 _SMALL_DOMAIN_PAGES = 1024
 # Up to here a new domain gets its frames one by one, from the top, in Xen's order; above, in one run.
 
@@ -59,7 +61,7 @@ class ForeignMapping:
             raise errors.InvariantError("a read-only mapping was written")
         self._host.memory.page(self.mfn)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give the reference back."""
         mfn, self._mfn = self.mfn, None
         self._host.release_frame(mfn)
@@ -85,6 +87,7 @@ class Host:
         max_pages: int | None = None,
         kind: DomainKind = DomainKind.HVM,
         vcpus: int = 1,
+        page_table_pages: int | None = None,
         extents: Sequence[Extent] = (),
     ) -> DomId:
         """A new domain, paused once, with ``pages`` pages of fresh RAM from ``first_gfn`` on and those of ``extents``.
@@ -93,6 +96,7 @@ class Host:
         be views of a private (copy-on-write) mapping. Nothing of them is read here.
 
         :param max_pages: how many frames it may own; default: what it gets now and SLACK_PAGES more.
+        :param page_table_pages: memory for its page tables, in pages (Xen's HAP allocation); None: no limit.
         :raises HostMemoryError: the machine has not that much memory.
         :raises ValueError: extents overlap each other or the fresh RAM, or go beyond the address width.
         """
@@ -112,6 +116,11 @@ class Host:
         self.books.entries.drop(p2m.first_key, p2m.first_key + (1 << CHUNK_BITS_PER_DOMAIN) - 1)
         domain = Domain(domid, name, total + SLACK_PAGES if max_pages is None else max_pages, p2m, kind, vcpus)
         self.books.domains[domid] = domain
+        if page_table_pages is not None:
+            domain.page_tables = PageTables(page_table_pages, vcpus)
+            for start, end in spans:
+                for gfn in range(start, end, _GFNS_OF_A_TABLE):
+                    domain.page_tables.cover(gfn)
         for extent in extents:
             mfn = self.memory.add_image(extent.pages, domid)
             p2m.extents.append(FrameExtent(extent.first_gfn, len(extent.pages), mfn))
@@ -189,16 +198,35 @@ class Host:
 
     # -- what a guest and its toolstack do with memory ---------------------------------------------------------------
 
-    def write(self, domid: DomId, gfn: Gfn, data: bytes, offset: int = 0) -> None:
-        """What a guest does: write into one of its pages, which unshares it.
+    def write(self, domid: DomId, gfn: Gfn, data: bytes, offset: int = 0, *, vcpu: int | None = None) -> None:
+        """Write into a page, which unshares it.
 
+        :param vcpu: the vCPU of the guest that writes; None: dom0 writes through a mapping. It makes a difference when
+            there is no memory to unshare the page: with the sharing ring enabled a vCPU waits until domain_resume and
+            writes again then, without the ring the domain is crashed; dom0 only gets the error.
         :raises NotSharableError: no writable RAM there. :raises HostMemoryError: no memory to unshare it.
         :raises ValueError: the bytes do not fit into the page.
         """
         if offset < 0 or offset + len(data) > PAGE_SIZE:
             raise ValueError(f"{len(data)} bytes at offset {offset} do not fit into a page of {PAGE_SIZE} bytes")
-        mfn = self._frame_for(domid, gfn, "write", writable=True)
+        try:
+            mfn = self._frame_for(domid, gfn, "write", writable=True)
+        except errors.HostMemoryError:
+            domain = self.books.domains[domid]
+            if vcpu is not None and domain.ring_mfn is not None:
+                domain.waiting_vcpus.add(vcpu)
+            elif vcpu is not None:
+                domain.crashed = True
+            raise
         self.memory.page(mfn)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    def waiting_vcpus(self, domid: DomId) -> frozenset[int]:
+        """The vCPUs that wait for memory to unshare a page. :raises NoSuchDomainError: no domain has this domid."""
+        return frozenset(self._existing(domid, "waiting_vcpus").waiting_vcpus)
+
+    def is_crashed(self, domid: DomId) -> bool:
+        """True once a page could not be unshared for a running vCPU and nobody was told by the ring."""
+        return self._existing(domid, "is_crashed").crashed
 
     def read(self, domid: DomId, gfn: Gfn) -> bytes:
         """What a guest sees in one of its pages: PAGE_SIZE bytes.
@@ -246,8 +274,11 @@ class Host:
         return value >> TYPE_BITS
 
     def _unshare(self, domain: Domain, gfn: int) -> int:
-        status = self.books.make_private(domain, gfn)
-        if status == Status.ENOMEM and domain.ring_gfn is not None:
+        return self._tell_ring(domain, gfn, self.books.make_private(domain, gfn))
+
+    @staticmethod
+    def _tell_ring(domain: Domain, gfn: int, status: int) -> int:
+        if status == Status.ENOMEM and domain.ring_mfn is not None:
             domain.ring_events.append(gfn)
         return status
 
@@ -256,32 +287,82 @@ class Host:
 
         :raises HostMemoryError: no frame, or max_pages reached. :raises NotSharableError: beyond the address width.
         """
-        domain = self._existing(domid, "populate")
-        pid = self._pid(domid, gfn)
-        status = self.books.populate(domain, gfn) if pid != NOWHERE else Status.EINVAL
-        if status != Status.OK:
-            raise error_of("populate", status, domid=domid, gfn=gfn)
+        self._change("populate", domid, gfn, self.books.populate)
 
     def decrease_reservation(self, domid: DomId, gfn: Gfn) -> None:
         """Take the RAM at a gfn away; a shared page is unshared first.
 
         :raises HostMemoryError: no memory to unshare it. :raises NotSharableError: there is none.
         """
-        domain = self._existing(domid, "decrease_reservation")
+        self._change("decrease_reservation", domid, gfn, self.books.depopulate)
+
+    def remove_from_physmap(self, domid: DomId, gfn: Gfn) -> None:
+        """Make a gfn a hole, leaving its frame to the domain; a shared page just leaves its frame.
+
+        :raises NotSharableError: ENOENT: there is no RAM.
+        """
+        self._change("remove_from_physmap", domid, gfn, self.books.remove_mapping)
+
+    def _change(self, call: str, domid: DomId, gfn: Gfn, change: Callable[[Domain, int], int]) -> None:
+        domain = self._existing(domid, call)
+        status = change(domain, gfn) if self._pid(domid, gfn) != NOWHERE else Status.EINVAL
+        if self._tell_ring(domain, gfn, status) != Status.OK:
+            raise error_of(call, status, domid=domid, gfn=gfn)
+
+    def mem_type(self, domid: DomId, gfn: Gfn) -> P2mType:
+        """What a gfn is. :raises NoSuchDomainError: no domain has this domid."""
+        self._existing(domid, "mem_type")
+        return P2mType(self.books.entries.get(self._pid(domid, gfn)) & TYPE_MASK)
+
+    def set_mem_type(self, domid: DomId, gfn: Gfn, kind: P2mType) -> None:
+        """Make a gfn RAM_RW, RAM_RO or MMIO_DM; a shared page is unshared first.
+
+        :raises NotSharableError: EINVAL: there is no RAM (a hole may become MMIO_DM), or no such type can be set.
+        :raises HostMemoryError: no memory to unshare it.
+        """
+        domain = self._existing(domid, "set_mem_type")
         pid = self._pid(domid, gfn)
-        status = self.books.depopulate(domain, gfn) if pid != NOWHERE else Status.EINVAL
+        value = self.books.entries.get(pid)
+        settable = kind in (P2mType.RAM_RW, P2mType.RAM_RO, P2mType.MMIO_DM)
+        if pid == NOWHERE or not settable or not (is_ram(value) or kind is P2mType.MMIO_DM):
+            raise error_of("set_mem_type", Status.EINVAL, domid=domid, gfn=gfn)
+        if is_ram(value) and (status := self._unshare(domain, gfn)) != Status.OK:
+            raise error_of("set_mem_type", status, domid=domid, gfn=gfn)
+        self.books.entries.set(pid, entry(self.books.entries.get(pid) >> TYPE_BITS, kind))
+
+    def modified_memory(self, domid: DomId, gfn: Gfn) -> None:
+        """What a device model says after writing a page: it is unshared, if it was shared.
+
+        :raises HostMemoryError: no memory to unshare it.
+        """
+        domain = self._existing(domid, "modified_memory")
+        status = self._unshare(domain, gfn) if self._pid(domid, gfn) != NOWHERE else Status.OK
         if status != Status.OK:
-            raise error_of("decrease_reservation", status, domid=domid, gfn=gfn)
+            raise error_of("modified_memory", status, domid=domid, gfn=gfn)
 
-    @staticmethod
-    def _pid(domid: int, gfn: int) -> int:
-        return page_id(domid, gfn) if 0 <= gfn < 1 << MAX_GFN_BITS else NOWHERE
+    def set_log_dirty(self, domid: DomId, enable: bool) -> None:
+        """Switch log-dirty mode: writable RAM becomes read-only to track writes, and back. Shared pages stay shared."""
+        domain = self._existing(domid, "set_log_dirty")
+        for part in domain.p2m.untouched():
+            self.books.entries.chunk(page_id(domid, part.first_gfn) >> CHUNK_BITS)
+        before, after = (P2mType.RAM_RW, P2mType.RAM_LOGDIRTY)[:: 1 if enable else -1]
+        for _, chunk in domain.p2m.touched():
+            chunk[chunk & TYPE_MASK == before] += after - before
 
-    def _existing(self, domid: int, call: str) -> Domain:
-        domain = self.books.domains.get(domid)
-        if domain is None:
-            raise error_of(call, Status.ESRCH, domid=domid)
-        return domain
+    def map_grant_frame(self, domid: DomId, gfn: Gfn) -> None:
+        """Put the domain's grant table at a gfn (XENMEM_add_to_physmap): a page of the hypervisor's own.
+
+        :raises NotSharableError: EINVAL: beyond the address width.
+        """
+        domain = self._existing(domid, "map_grant_frame")
+        if self._pid(domid, gfn) == NOWHERE:
+            raise error_of("map_grant_frame", Status.EINVAL, domid=domid, gfn=gfn)
+        self.books.entries.set(page_id(domid, gfn), entry(0, P2mType.GRANT_FRAME))
+        domain.p2m.max_gfn = max(domain.p2m.max_gfn, gfn)
+
+    def max_gpfn(self, domid: DomId) -> Gfn:
+        """The highest gfn that was ever populated; 0 if none was. :raises NoSuchDomainError: no such domain."""
+        return Gfn(max(0, self._existing(domid, "max_gpfn").p2m.max_gfn))
 
     # -- grants and parameters ---------------------------------------------------------------------------------------
 
@@ -294,6 +375,10 @@ class Host:
         if not 0 <= ref < GRANT_ENTRIES:
             raise error_of("grant", Status.ENOENT, domid=domid, gfn=ref)
         domain.grants[ref] = gfn
+
+    def granted_gfn(self, domid: DomId, ref: GrantRef) -> Gfn:
+        """The gfn behind a grant reference. :raises NotSharableError: ENOENT, ENXIO: no such, or not in use."""
+        return self._granted_gfn(self._existing(domid, "granted_gfn"), ref, "granted_gfn")
 
     def map_grant(self, domid: DomId, ref: GrantRef, *, writable: bool) -> ForeignMapping:
         """map_foreign for the page behind a grant reference.
@@ -318,3 +403,13 @@ class Host:
         if ref not in domain.grants:
             raise error_of(call, Status.ENXIO, domid=domain.domid, gfn=ref)
         return Gfn(domain.grants[ref])
+
+    @staticmethod
+    def _pid(domid: int, gfn: int) -> int:
+        return page_id(domid, gfn) if 0 <= gfn < 1 << MAX_GFN_BITS else NOWHERE
+
+    def _existing(self, domid: int, call: str) -> Domain:
+        domain = self.books.domains.get(domid)
+        if domain is None:
+            raise error_of(call, Status.ESRCH, domid=domid)
+        return domain

@@ -133,7 +133,7 @@ class EmbeddedHypervisor(Host):
 
     def nominate_gfn(self, domid: DomId, gfn: Gfn) -> Handle:
         """See the seam."""
-        domain = self._first(domid, "nominate_gfn")
+        domain = self.first_named(domid, "nominate_gfn")
         result = self.books.nominate(domain, gfn) if 0 <= gfn < 1 << MAX_GFN_BITS else Status.EINVAL
         if result < 0:
             raise error_of("nominate_gfn", result, domid=domid, gfn=gfn)
@@ -141,7 +141,7 @@ class EmbeddedHypervisor(Host):
 
     def nominate_gref(self, domid: DomId, ref: GrantRef) -> Handle:
         """See the seam."""
-        domain = self._first(domid, "nominate_gref")
+        domain = self.first_named(domid, "nominate_gref")
         gfn = self._granted_gfn(domain, ref, "nominate_gref")
         result = self.books.nominate(domain, gfn, expected_refs=_REFS_OF_A_GRANTED_PAGE)
         if result < 0:
@@ -158,8 +158,8 @@ class EmbeddedHypervisor(Host):
         client_handle: Handle,
     ) -> None:
         """See the seam."""
-        self._first(source_domid, "share_gfns")
-        self._second(client_domid, "share_gfns")
+        self.first_named(source_domid, "share_gfns")
+        self.second_named(client_domid, "share_gfns")
         source, client = self._pid(source_domid, source_gfn), self._pid(client_domid, client_gfn)
         status = self.books.share(source, source_handle, client, client_handle)
         if status != Status.OK:
@@ -177,8 +177,8 @@ class EmbeddedHypervisor(Host):
         client_handle: Handle,
     ) -> None:
         """See the seam."""
-        source = self._first(source_domid, "share_grefs")
-        client = self._second(client_domid, "share_grefs")
+        source = self.first_named(source_domid, "share_grefs")
+        client = self.second_named(client_domid, "share_grefs")
         source_gfn = self._granted_gfn(source, source_ref, "share_grefs")
         client_gfn = self._granted_gfn(client, client_ref, "share_grefs")
         self.share_gfns(source_domid, source_gfn, source_handle, client_domid, client_gfn, client_handle)
@@ -187,8 +187,8 @@ class EmbeddedHypervisor(Host):
         self, source_domid: DomId, source_gfn: Gfn, source_handle: Handle, client_domid: DomId, client_gfn: Gfn
     ) -> None:
         """See the seam."""
-        self._first(source_domid, "add_to_physmap")
-        client = self._second(client_domid, "add_to_physmap")
+        self.first_named(source_domid, "add_to_physmap")
+        client = self.second_named(client_domid, "add_to_physmap")
         if self._pid(client_domid, client_gfn) == NOWHERE:
             raise error_of("add_to_physmap", Status.EINVAL, domid=client_domid, gfn=client_gfn)
         source = self._pid(source_domid, source_gfn)
@@ -198,8 +198,8 @@ class EmbeddedHypervisor(Host):
 
     def range_share(self, source_domid: DomId, client_domid: DomId, first: Gfn, last: Gfn) -> None:
         """See the seam."""
-        source = self._first(source_domid, "range_share")
-        client = self._second(client_domid, "range_share")
+        source = self.first_named(source_domid, "range_share")
+        client = self.second_named(client_domid, "range_share")
         highest = min(source.p2m.max_gfn, client.p2m.max_gfn)
         if not source.pause_count or not client.pause_count or max(first, last) > highest or min(first, last) < 0:
             raise error_of("range_share", Status.EINVAL, domid=client_domid)
@@ -225,16 +225,24 @@ class EmbeddedHypervisor(Host):
 
     def debug_gfn(self, domid: DomId, gfn: Gfn) -> int:
         """See the seam."""
-        self._first(domid, "debug_gfn")
+        self.first_named(domid, "debug_gfn")
         value = self.books.entries.get(self._pid(domid, gfn))
         if value & TYPE_MASK != P2mType.RAM_SHARED:
             raise error_of("debug_gfn", Status.EINVAL, domid=domid, gfn=gfn)
         frames = self.books.frames
         return frames.count.item(frames.slot_of_mfn.get(value >> TYPE_BITS))
 
+    def sharers(self, domid: DomId, gfn: Gfn) -> frozenset[DomId]:
+        """The domains that have a gfn on the frame of this one; empty if the page is not shared."""
+        value = self.books.entries.get(self._pid(domid, gfn))
+        if value & TYPE_MASK != P2mType.RAM_SHARED:
+            return frozenset()
+        members = self.books.frames.members(self.books.frames.slot_of_mfn.get(value >> TYPE_BITS))
+        return frozenset(DomId(owner) for owner in np.unique(members >> MAX_GFN_BITS).tolist())
+
     def debug_gref(self, domid: DomId, ref: GrantRef) -> int:
         """See the seam."""
-        domain = self._first(domid, "debug_gref")
+        domain = self.first_named(domid, "debug_gref")
         return self.debug_gfn(domid, self._granted_gfn(domain, ref, "debug_gref"))
 
     def audit(self) -> AuditReport:
@@ -319,35 +327,38 @@ class EmbeddedHypervisor(Host):
         domain = self._existing(domid, "ring_enable")
         if SHARING_RING_PFN not in domain.hvm_params:
             raise error_of("ring_enable", Status.EOPNOTSUPP, domid=domid)
-        if domain.ring_gfn is not None:
+        if domain.ring_mfn is not None:
             raise error_of("ring_enable", Status.EBUSY, domid=domid)
-        domain.ring_gfn = domain.hvm_params[SHARING_RING_PFN]
+        domain.ring_mfn = self._frame_for(domid, Gfn(domain.hvm_params[SHARING_RING_PFN]), "ring_enable", writable=True)
+        self.memory.writable_frames.add(domain.ring_mfn)
         domain.ring_events.clear()
         return _RING_PORT
 
     def ring_disable(self, domid: DomId) -> None:
         """See the seam."""
         domain = self._existing(domid, "ring_disable")
-        if domain.ring_gfn is None:
+        if domain.ring_mfn is None:
             raise error_of("ring_disable", Status.EINVAL, domid=domid)
-        domain.ring_gfn = None
+        self.memory.writable_frames.discard(domain.ring_mfn)
+        domain.ring_mfn = None
 
     def domain_resume(self, domid: DomId) -> None:
         """See the seam."""
         domain = self._existing(domid, "domain_resume")
         domain.ring_events.clear()
+        domain.waiting_vcpus.clear()
 
     def fork(self, parent: DomId, child: DomId) -> None:
         """See the seam. The child's max_pages become the parent's; pages that the child has already stay."""
-        child_domain = self._first(child, "fork")
-        parent_domain = self._first(parent, "fork")
+        child_domain = self.first_named(child, "fork")
+        parent_domain = self.first_named(parent, "fork")
         status = fork.fork(self.books, parent_domain, child_domain)
         if status != Status.OK:
             raise error_of("fork", status, domid=child)
 
     def fork_reset(self, child: DomId, *, state: bool = False, memory: bool = False) -> None:
         """See the seam."""
-        status = fork.reset(self.books, self._first(child, "fork_reset"), state=state, memory=memory)
+        status = fork.reset(self.books, self.first_named(child, "fork_reset"), state=state, memory=memory)
         if status != Status.OK:
             raise error_of("fork_reset", status, domid=child)
 
@@ -387,7 +398,11 @@ class EmbeddedHypervisor(Host):
         domain = self.books.domains.get(domid)
         return domain is not None and not domain.sharing_enabled
 
-    def _first(self, domid: int, call: str) -> Domain:
+    def first_named(self, domid: int, call: str) -> Domain:
+        """The domain that a call names first, on which it enables sharing.
+
+        :raises NoSuchDomainError: :raises DomainDyingError: :raises RefusedDomainError: it cannot be named so.
+        """
         domain = self.books.domains.get(domid)
         if domain is not None and domain.sharing_enabled and not domain.dying:
             return domain
@@ -395,7 +410,12 @@ class EmbeddedHypervisor(Host):
             return self.books.domains[domid]
         raise self._domain_error(call, status, domid)
 
-    def _second(self, domid: int, call: str) -> Domain:
+    def second_named(self, domid: int, call: str) -> Domain:
+        """A domain that a call names second.
+
+        :raises NoSuchDomainError: :raises DomainDyingError: :raises RefusedDomainError: it cannot be named.
+        :raises SharingDisabledError: sharing is not enabled on it.
+        """
         if (status := self._second_status(domid)) == Status.OK:
             return self.books.domains[domid]
         raise self._domain_error(call, status, domid)

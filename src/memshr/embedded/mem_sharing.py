@@ -53,10 +53,41 @@ class Domain:
     grants: dict[int, int] = field(default_factory=dict)
     """Grant table entries in use: reference -> gfn."""
     hvm_params: dict[int, int] = field(default_factory=dict)
-    ring_gfn: int | None = None
-    """Where the sharing ring is, while it is enabled."""
+    ring_mfn: int | None = None
+    """The frame of the sharing ring, while it is enabled."""
     ring_events: list[int] = field(default_factory=list)
     """The gfns that could not be unshared for lack of memory, as posted on the ring."""
+    waiting_vcpus: set[int] = field(default_factory=set)
+    """The vCPUs that wait on such a gfn."""
+    crashed: bool = False
+    orphans: list[int] = field(default_factory=list)
+    """Frames that it owns and counts, but has at no gfn."""
+    page_tables: PageTables | None = None
+    """The memory for its page tables, where that is limited."""
+
+
+class PageTables:
+    """What a domain's p2m costs in page tables, when the memory for them is limited.
+
+    Tables have 512 entries in four levels and are never given back. ``pool_pages`` pages are there, of which a domain
+    has spent some before its first gfn: with nested paging ready for use, ten root tables more and one monitor table
+    for each vCPU (this fits the recording ``oom_p2m_pool_add_to_physmap``).
+    """
+
+    def __init__(self, pool_pages: int, vcpus: int) -> None:
+        self._free = pool_pages - 10 - vcpus - 1  # the last one is the root of its own p2m
+        self._tables: set[tuple[int, int]] = set()
+
+    def cover(self, gfn: int) -> bool:
+        """Make the tables that map a gfn, from the top; False if the memory ran out on the way."""
+        for level in (3, 2, 1):
+            table = level, gfn >> 9 * level
+            if table not in self._tables:
+                if self._free <= 0:
+                    return False
+                self._free -= 1
+                self._tables.add(table)
+        return True
 
 
 class MemSharing:
@@ -84,7 +115,7 @@ class MemSharing:
         mfn = value >> TYPE_BITS
         if value & TYPE_MASK == _SHARED:
             return self.frames.handle.item(self.frames.slot_of_mfn.get(mfn))
-        if value & TYPE_MASK not in _NOMINABLE:
+        if value & TYPE_MASK not in _NOMINABLE or mfn in self.memory.writable_frames:
             return Status.EINVAL
         if self.memory.extra_refs.get(mfn, 0) != expected_refs:
             return Status.E2BIG
@@ -130,6 +161,8 @@ class MemSharing:
         client_pid = page_id(client.domid, client_gfn)
         if self.entries.get(client_pid) not in _HOLES:
             return Status.C_HANDLE_INVALID
+        if client.page_tables is not None and not client.page_tables.cover(client_gfn):
+            return Status.ENOMEM
         self.entries.set(client_pid, source)
         self.frames.link(slot, client_pid)
         client.p2m.max_gfn = max(client.p2m.max_gfn, client_gfn)
@@ -158,7 +191,7 @@ class MemSharing:
         else:
             if domain.tot_pages >= domain.max_pages:
                 return Status.ENOMEM
-            fresh = self.memory.allocate(domain.domid, scrub=False)
+            fresh = self.memory.allocate(domain.domid)
             if fresh is None:
                 return Status.ENOMEM
             own = fresh
@@ -181,30 +214,31 @@ class MemSharing:
         slot = self.frames.slot_of_mfn.get(mfn)
         if value & TYPE_MASK != _SHARED or self.frames.handle.item(slot) != handle:
             return Status.S_HANDLE_INVALID
-        if self.frames.count.item(slot) == 1:
-            self.frames.close(slot)
-            self.memory.free(mfn)
-            self.used_frames -= 1
-        else:
-            self.frames.unlink(slot, pid)
-            self.freed_pages -= 1
-        domain.shr_pages -= 1
+        self._leave_frame(domain, pid, mfn)
         self.entries.set(pid, _POD)
         return Status.OK
 
     def populate(self, domain: Domain, gfn: int) -> int:
-        """Put fresh RAM at a gfn; what was there before is given back. A status."""
+        """Put fresh RAM at a gfn; a status. A frame that was there before stays the domain's, without a gfn.
+
+        So does the new frame, when a shared page is in its place and cannot be unshared: as in Xen (recorded in
+        ``oom_populate_over_shared``), this failure is not free of effects.
+        """
         if domain.tot_pages >= domain.max_pages:
+            return Status.ENOMEM
+        if domain.page_tables is not None and not domain.page_tables.cover(gfn):
             return Status.ENOMEM
         mfn = self.memory.allocate(domain.domid)
         if mfn is None:
             return Status.ENOMEM
         domain.tot_pages += 1
-        if (status := self.depopulate(domain, gfn)) == Status.ENOMEM:
-            self.memory.free(mfn)
-            domain.tot_pages -= 1
+        pid = page_id(domain.domid, gfn)
+        if self.entries.get(pid) & TYPE_MASK == _SHARED and (status := self.make_private(domain, gfn)) != Status.OK:
+            domain.orphans.append(mfn)
             return status
-        self.entries.set(page_id(domain.domid, gfn), entry(mfn, P2mType.RAM_RW))
+        if before := self.entries.get(pid) >> TYPE_BITS:
+            domain.orphans.append(before)
+        self.entries.set(pid, entry(mfn, P2mType.RAM_RW))
         domain.p2m.max_gfn = max(domain.p2m.max_gfn, gfn)
         return Status.OK
 
@@ -224,6 +258,36 @@ class MemSharing:
         self.entries.set(pid, HOLE)
         return Status.OK
 
+    def remove_mapping(self, domain: Domain, gfn: int) -> int:
+        """Make a gfn a hole; ENOENT if it is one. Its own frame stays the domain's, off a shared frame it goes.
+
+        Xen forgets the second half: it leaves the page on the frame's reverse map and in the counters, and its audit
+        finds two errors from then on (recorded in ``remove_from_physmap_shared``). Here the books stay right.
+        """
+        pid = page_id(domain.domid, gfn)
+        value = self.entries.get(pid)
+        mfn = value >> TYPE_BITS
+        if not is_ram(value):
+            return Status.ENOENT
+        if value & TYPE_MASK == _SHARED:
+            self._leave_frame(domain, pid, mfn)
+        elif mfn:
+            domain.orphans.append(mfn)
+        self.entries.set(pid, HOLE)
+        return Status.OK
+
+    def _leave_frame(self, domain: Domain, pid: int, mfn: int) -> None:
+        # Take a page off a shared frame without a copy; the frame goes with its last sharer.
+        slot = self.frames.slot_of_mfn.get(mfn)
+        if self.frames.count.item(slot) == 1:
+            self.frames.close(slot)
+            self.memory.free(mfn)
+            self.used_frames -= 1
+        else:
+            self.frames.unlink(slot, pid)
+            self.freed_pages -= 1
+        domain.shr_pages -= 1
+
     # -- many pages --------------------------------------------------------------------------------------------------
 
     def nominate_many(self, pids: Index) -> tuple[Handles, Statuses]:
@@ -235,6 +299,8 @@ class MemSharing:
         handles = np.zeros(len(pids), np.uint64)
         statuses = np.full(len(pids), Status.EINVAL, np.int32)
         fresh = _IS_NOMINABLE[kinds]
+        if self.memory.writable_frames:
+            fresh &= ~np.isin(mfns, np.fromiter(self.memory.writable_frames, np.int64))
         statuses[fresh] = Status.OK
         if self.memory.extra_refs:
             held = fresh & np.isin(mfns, np.fromiter(self.memory.extra_refs, np.int64))
@@ -395,6 +461,9 @@ class MemSharing:
             self.freed_pages -= len(pids) - len(emptied)
         self.entries.drop(domain.p2m.first_key, domain.p2m.last_key)
         domain.p2m.extents.clear()
+        orphans = np.array(domain.orphans, np.int64)
+        self.memory.free_many(orphans[~np.isin(orphans, held)])
+        domain.orphans.clear()
         domain.tot_pages = len(held)
         domain.shr_pages = 0
         return held

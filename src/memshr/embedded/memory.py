@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.embedded.columns import CHUNK, CHUNK_BITS, Column, Index, Spots
-from memshr.types import PAGE_SIZE, PageBytes
+from memshr.types import DOMID_COW, PAGE_SIZE, PageBytes
 
 NOBODY = 0
 """Owner of a free frame. (dom0's number: its frames are not modelled.)"""
+
+_SCRUB = 1
 
 
 @dataclass(slots=True)
@@ -44,13 +46,15 @@ class MachineMemory:
         self._banks: list[_Bank] = []
         self._bank_of_chunk: dict[int, _Bank] = {}
         self._next_mfn = CHUNK  # chunk 0 stays empty, so that mfn 0 is never a frame
-        self._free: list[int] = []
+        self._free: list[int] = []  # last in, first out; mfn << 1 | must be scrubbed before anybody sees it
         self._limit_pages = limit_pages
         self._scrub_byte = scrub_byte
         self.allocated_pages = 0
         self.owner = Column(np.uint16, self._default_owner)
         self.extra_refs: dict[int, int] = {}
         """References to a frame besides its owner's, such as foreign mappings: mfn -> how many (at least 1)."""
+        self.writable_frames: set[int] = set()
+        """Frames that the hypervisor itself writes, such as rings: they cannot be shared."""
         self._parked: set[int] = set()  # frames without an owner that wait for their last extra reference
 
     def _default_owner(self, key: int) -> NDArray[np.uint16] | None:
@@ -93,38 +97,38 @@ class MachineMemory:
             bank.pages[:] = self._scrub_byte
         return bank.first_mfn
 
-    def allocate(self, owner: int, *, scrub: bool = True) -> int | None:
+    def allocate(self, owner: int) -> int | None:
         """A frame of RAM for ``owner``; None if the machine has none left.
 
-        :param scrub: fill it with the scrub byte; False if the caller fills the whole frame itself.
+        As in Xen, a frame that a living domain gave back is handed out as it is, contents and all, and last in comes
+        first out; fresh frames, those of dead domains and those that were shared hold the scrub byte.
         """
         if self._limit_pages is not None and self.allocated_pages >= self._limit_pages:
             return None
         if not self._free:
             bank = self._add_bank(_anonymous_pages(CHUNK), NOBODY, ram=True)
-            self._free.extend(range(bank.first_mfn, bank.first_mfn + CHUNK))  # handed out from the top, as Xen does
-        mfn = self._free.pop()
+            fresh = range(bank.first_mfn, bank.first_mfn + CHUNK)  # handed out from the top, as in Xen
+            self._free.extend(mfn << 1 | _SCRUB for mfn in fresh)
+        free = self._free.pop()
+        mfn = free >> 1
+        if free & _SCRUB:
+            self.page(mfn)[:] = self._scrub_byte
         self.allocated_pages += 1
         self.owner.set(mfn, owner)
-        if scrub:
-            self.page(mfn)[:] = self._scrub_byte
         return mfn
 
     def free(self, mfn: int) -> None:
         """Take a frame from its owner. While extra references are held its contents stay; then it can be reused."""
+        shared = self.owner.get(mfn) == DOMID_COW
         self.owner.set(mfn, NOBODY)
         self.allocated_pages -= 1
         if mfn in self.extra_refs:
             self._parked.add(mfn)
-        else:
-            self._recycle(mfn)
-
-    def _recycle(self, mfn: int) -> None:
-        if self._bank_of_chunk[mfn >> CHUNK_BITS].ram:
-            self._free.append(mfn)
+        elif self._bank_of_chunk[mfn >> CHUNK_BITS].ram:
+            self._free.append(mfn << 1 | shared)
 
     def free_many(self, mfns: Index) -> None:
-        """``free`` for many distinct frames."""
+        """``free`` for many distinct frames, which belonged to dead domains or were shared: all are scrubbed."""
         self.owner.scatter(Spots(mfns), NOBODY)
         self.allocated_pages -= len(mfns)
         if self.extra_refs:
@@ -133,7 +137,7 @@ class MachineMemory:
             mfns = mfns[~held]
         for key in np.unique(mfns >> CHUNK_BITS).tolist():
             if self._bank_of_chunk[key].ram:
-                self._free.extend(mfns[mfns >> CHUNK_BITS == key].tolist())
+                self._free.extend((mfns[mfns >> CHUNK_BITS == key] << 1 | _SCRUB).tolist())
 
     def hold(self, mfn: int) -> None:
         """Take an extra reference."""
@@ -148,7 +152,8 @@ class MachineMemory:
         del self.extra_refs[mfn]
         if mfn in self._parked:
             self._parked.remove(mfn)
-            self._recycle(mfn)
+            if self._bank_of_chunk[mfn >> CHUNK_BITS].ram:
+                self._free.append(mfn << 1 | _SCRUB)
 
     def page(self, mfn: int) -> NDArray[np.uint8]:
         """The contents of one frame, shape ``(PAGE_SIZE,)``, writable: the frame itself, not a copy."""
