@@ -102,6 +102,8 @@ def build_initramfs(modules: Path | None) -> Path:
     :raises MissingPartError: busybox, cpio, or a compiler that links statically is missing.
     """
     busybox = find_program("busybox", "busybox-static")
+    if b"/ld-linux" in busybox.read_bytes():
+        raise MissingPartError(f"{busybox} is linked dynamically; apt-get install busybox-static")
     find_program("cpio", "cpio")
     module_files = sorted(modules.glob("*.ko")) if modules else []
     built = _cached("initramfs", [busybox, *module_files, *PROGRAMS.iterdir()])

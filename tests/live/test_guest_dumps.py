@@ -66,7 +66,7 @@ def test_elf_and_raw_dumps_hold_the_same_pages_at_the_same_gfns(dumps: Dumps) ->
 
 def test_two_guests_that_did_the_same_have_most_of_their_pages_in_common(dumps: Dumps) -> None:
     alpha, beta = all_pages(dumps.alpha), all_pages(dumps.beta)
-    both, one, other = count_pages([alpha, beta]), count_pages([alpha]), count_pages([beta])
+    both, one, other = count_pages([[alpha], [beta]]), count_pages([[alpha]]), count_pages([[beta]])
     assert both.total_pages == one.total_pages + other.total_pages
     assert (both.zero_pages, both.intra_pages) == (
         one.zero_pages + other.zero_pages,
