@@ -17,8 +17,8 @@ from memshr.hypervisor import Hypervisor
 from memshr.replay import OPERATIONS, Answer, Operations, ScriptError, parse_line
 
 _INFO = "info"
-_ALIASES = {"enable": "control enable=1", "disable": "control enable=0", "range": "range_share"}
-"""Calls by the names that Xen's own tool has for them."""
+_ALIASES = {"enable": ("control", " enable=1"), "disable": ("control", " enable=0"), "range": ("range_share", "")}
+"""Calls by the names that Xen's own tool has for them: the operation, and what is added to the line."""
 
 
 def _calls() -> str:
@@ -89,7 +89,9 @@ def _run(session: Operations, text: str, saved: dict[str, int], place: str) -> A
     head = text.strip().partition(" ")[0]
     if head == _INFO:
         return _info(session.hypervisor)
-    text = text.replace(head, _ALIASES[head], 1) if head in _ALIASES else text
+    if head in _ALIASES:
+        operation, addition = _ALIASES[head]
+        text = text.replace(head, operation, 1) + addition
     try:
         line = parse_line(text, saved)
         if line is None:
