@@ -17,7 +17,7 @@ from memshr.types import PAGE_SIZE, DomId, Gfn
 _BATCH_PAGES = 2048
 
 
-@click.command()
+@click.command(short_help="Prove that sharing was safe: every book, every page.")
 @sharing_options
 def audit(
     sources: tuple[str, ...], groups: tuple[str, ...], image_format: str | None, max_sharers: int, as_json: bool

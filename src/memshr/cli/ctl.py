@@ -32,6 +32,7 @@ def _calls() -> str:
 
 
 @click.command(
+    short_help="Xen's memory-sharing calls by hand.",
     epilog="\b\nCalls and what they take:\n"
     + _calls()
     + "\n\b\n  info                       all domains and counters\n"

@@ -38,7 +38,7 @@ WORKERS = {
 """The programs that the demo runs, each doing different work."""
 
 
-@click.command()
+@click.command(short_help="The whole story on real memory, in seconds.")
 @as_json
 def demo(as_json: bool) -> None:
     """The whole story on real memory, without any privileges, in less than a minute.

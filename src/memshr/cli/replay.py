@@ -12,7 +12,7 @@ from memshr.replay import DIFFERENCES, ReplayResult
 from memshr.replay import replay as replay_file
 
 
-@click.command()
+@click.command(short_help="Does memshr answer as a real Xen did?")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 @as_json
 def replay(files: tuple[Path, ...], as_json: bool) -> None:
