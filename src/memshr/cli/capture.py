@@ -16,10 +16,13 @@ from memshr.images.capture import capture_process
 
 @click.command()
 @click.argument("source", metavar="pid:N")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The file to write."
+)
 @click.option(
     "--limit-mib",
     type=click.IntRange(1),
+    metavar="N",
     help="Refuse, before anything is written, if the memory to be written is more than this.",
 )
 @as_json

@@ -30,6 +30,7 @@ groups = click.option(
 max_sharers = click.option(
     "--max-sharers",
     type=click.IntRange(2),
+    metavar="N",
     default=256,
     show_default=True,
     help="How many pages may be on one frame; beyond that a second frame is used.",
