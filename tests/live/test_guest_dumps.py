@@ -1,0 +1,81 @@
+"""What QEMU says a guest's memory holds, by two commands, and how many of its pages are equal."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from elftools.elf.elffile import ELFFile
+
+from guests.linux import LinuxGuest
+from guests.pages import PAGE_SIZE, Pages, count_pages
+
+
+@dataclass(frozen=True, slots=True)
+class Dumps:
+    """One moment of two paused guests.
+
+    ``alpha_raw`` holds the first 256 MiB of alpha's address space, from gfn 0 on, as ``pmemsave`` sees it.
+    """
+
+    alpha: Path
+    beta: Path
+    alpha_raw: Path
+
+
+@pytest.fixture(scope="module")
+def dumps(booted_pair: tuple[LinuxGuest, LinuxGuest], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dumps]:
+    """ELF dumps of both guests and a raw one of alpha, all of the same moment."""
+    folder = tmp_path_factory.mktemp("dumps")
+    done = Dumps(folder / "alpha.elf", folder / "beta.elf", folder / "alpha.raw")
+    with ExitStack() as ending:
+        for guest in booted_pair:
+            guest.pause()
+            ending.callback(guest.resume)
+        for guest, path in zip(booted_pair, (done.alpha, done.beta), strict=True):
+            guest.execute("dump-guest-memory", {"paging": False, "protocol": f"file:{path}"})
+        alpha = booted_pair[0]
+        alpha.execute("pmemsave", {"val": 0, "size": alpha.memory_mib << 20, "filename": str(done.alpha_raw)})
+    yield done
+    for path in (done.alpha, done.beta, done.alpha_raw):
+        path.unlink()
+
+
+def segments(path: Path) -> list[tuple[int, Pages]]:
+    """First gfn and pages of each PT_LOAD of a dump, read with pyelftools."""
+    with path.open("rb") as file:
+        return [
+            (segment["p_paddr"] // PAGE_SIZE, np.frombuffer(segment.data(), np.uint8).reshape(-1, PAGE_SIZE))
+            for segment in ELFFile(file).iter_segments("PT_LOAD")
+        ]
+
+
+def all_pages(path: Path) -> Pages:
+    """The pages of every PT_LOAD, one after the other."""
+    return np.concatenate([pages for _, pages in segments(path)])
+
+
+def test_elf_and_raw_dumps_hold_the_same_pages_at_the_same_gfns(dumps: Dumps) -> None:
+    raw = np.fromfile(dumps.alpha_raw, np.uint8).reshape(-1, PAGE_SIZE)
+    inside = [(first, pages) for first, pages in segments(dumps.alpha) if first < len(raw)]
+    assert sum(len(pages) for _, pages in inside) > 0.99 * len(raw)
+    for first, pages in inside:
+        different = np.flatnonzero(
+            (pages.view(np.uint64) != raw[first : first + len(pages)].view(np.uint64)).any(axis=1)
+        )
+        assert different.size == 0, f"gfns {first + different[:10]}"
+
+
+def test_two_guests_that_did_the_same_have_most_of_their_pages_in_common(dumps: Dumps) -> None:
+    alpha, beta = all_pages(dumps.alpha), all_pages(dumps.beta)
+    both, one, other = count_pages([alpha, beta]), count_pages([alpha]), count_pages([beta])
+    assert both.total_pages == one.total_pages + other.total_pages
+    assert (both.zero_pages, both.intra_pages) == (
+        one.zero_pages + other.zero_pages,
+        one.intra_pages + other.intra_pages,
+    )
+    # Each of the 63 contents that the checkers have in common is one frame less, and each page of the four blobs.
+    assert both.inter_pages >= 63 + 4 * 256
+    assert both.saved_pages > both.total_pages / 2
