@@ -24,10 +24,8 @@ from memshr.errors import BackendError, MemshrError, NoSuchDomainError
 from memshr.procfs import Mapping, parse_maps
 from memshr.qemu import syscalls
 from memshr.qemu.monitor import Monitor, MonitorError
+from memshr.qemu.pool import group_of
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, Gfn
-
-POOL_PREFIX = "/memfd:memshr-pool:"
-"""How the kernel begins the name of a frame pool in /proc/PID/maps; the trust group's name follows."""
 
 _PROGRAM = re.compile(r"^(qemu-system-\w+|qemu-kvm|kvm)$")
 _FLAT_RANGE = re.compile(
@@ -437,7 +435,7 @@ def mapping_refusals(mappings: Sequence[Mapping], layout: Sequence[RamRange]) ->
             if overlap <= 0:
                 continue
             covered += overlap
-            if mapping.path.startswith(POOL_PREFIX) and not mapping.shared:
+            if group_of(mapping) is not None:
                 continue
             if "hugepage" in mapping.path:
                 found.append(
