@@ -19,9 +19,10 @@ ALLOWED: dict[str, set[str]] = {
     "qemu": FOUNDATION | {"procfs"},
     "xen": FOUNDATION,
     "sharing": FOUNDATION,
-    "testing": FOUNDATION,
+    "testing": FOUNDATION | {"embedded"},
+    "replay": FOUNDATION | {"embedded"},
     "backends": FOUNDATION | {"embedded", "images", "qemu", "xen"},
-    "cli": FOUNDATION | {"embedded", "images", "sharing", "backends", "qemu", "xen", "__init__"},
+    "cli": FOUNDATION | {"embedded", "images", "sharing", "replay", "backends", "qemu", "xen", "__init__"},
 }
 """package or module directly below memshr -> what it may import besides itself"""
 

@@ -59,6 +59,8 @@ class P2mType(enum.IntEnum):
     """Emulated by a device model: no memory behind it."""
     GRANT_FRAME = 6
     """A frame of the hypervisor's own (a grant table), mapped into the domain."""
+    RAM_POD = 7
+    """RAM without a frame: it reads as zeros and gets a frame when it is written (Xen's populate-on-demand)."""
 
 
 class DomainKind(enum.StrEnum):

@@ -206,3 +206,20 @@ def test_100_gib_open_without_memory(tmp_path: Path, shape: str) -> None:
         pages[12_345_678] = 1
         assert rss_bytes() - before < 8 << 20
     assert path.stat().st_blocks * 512 < 1 << 20
+
+
+def test_address_space_that_is_too_small(tmp_path: Path) -> None:
+    path = tmp_path / "huge"
+    with path.open("wb") as file:
+        file.truncate(100 << 30)
+    program = (
+        "import resource, sys\n"
+        "from memshr.errors import ImageError\n"
+        "from memshr.images import open_image\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "try: open_image(sys.argv[1])\n"
+        "except ImageError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", program, os.fspath(path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.startswith(f"{path}: cannot be mapped: Cannot allocate memory; raise ulimit -v")

@@ -8,7 +8,7 @@ reach the file.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import mmap
 import os
 import stat
@@ -67,7 +67,9 @@ class MappedFile:
             """Bytes, when it was opened."""
             if not self.size:
                 raise self.error("the file is empty", remedy="an image holds at least one page of 4096 bytes")
-            self._mapping: mmap.mmap | None = self._map()
+            # Every other array is made of this one, which keeps the mapping open: an array made of the mapping itself
+            # takes three objects where this takes one, and a core may have a million segments.
+            self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map(), dtype=np.uint8)
         except BaseException:
             self._close()
             raise
@@ -113,7 +115,9 @@ class MappedFile:
                 )
             return mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_COPY)
         except (OSError, ValueError, OverflowError) as error:
-            raise self._failed("cannot be mapped", error, remedy="copy it to a local disk first") from error
+            short = isinstance(error, OSError) and error.errno == errno.ENOMEM
+            remedy = "raise ulimit -v, set vm.overcommit_memory to 0" if short else "copy it to a local disk first"
+            raise self._failed("cannot be mapped", error, remedy=remedy) from error
 
     def _failed(self, what: str, error: Exception, *, remedy: str) -> ImageError:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -136,39 +140,40 @@ class MappedFile:
                 offset=offset,
                 remedy="write or copy the image again",
             )
-        if not count:
-            return np.empty(0, dtype=dtype)
-        return np.frombuffer(self._view(), dtype=dtype, count=count, offset=offset)
+        return self._array(dtype, offset, (count,))
 
-    def pages(self, offset: int, count: int, what: str = "its pages") -> PageBytes:
+    def pages(self, offset: int, count: int) -> PageBytes:
         """``count`` pages from byte ``offset`` on, shape ``(count, PAGE_SIZE)``: a writable view that is not read yet.
 
-        :raises ImageError: as ``records``.
+        The caller has made sure that they are in the file.
         """
-        return self.records(np.dtype(np.uint8), offset, count * PAGE_SIZE, what).reshape(count, PAGE_SIZE)
+        return self._array(np.dtype(np.uint8), offset, (count, PAGE_SIZE))
 
     def starts_with(self, magic: bytes) -> bool:
         """Whether the file's first bytes are ``magic``."""
-        return self._view()[: len(magic)] == magic
+        return self._everything()[: len(magic)].tobytes() == magic
 
-    def _view(self) -> mmap.mmap:
-        if self._mapping is None:
+    def _array(self, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        return np.ndarray(shape, dtype=dtype, buffer=self._everything(), offset=offset if shape[0] else 0)
+
+    def _everything(self) -> NDArray[np.uint8]:
+        if self._bytes is None:
             raise ValueError(f"{self.path} is closed")
-        return self._mapping
+        return self._bytes
 
     def check_unchanged(self) -> None:
         """See ``MemoryImage.check_unchanged``."""
-        self._view()
+        self._everything()
         now = os.fstat(self._descriptor)
         if now.st_size != self.size:
-            raise self.error(f"the file changed from {self.size} to {now.st_size} bytes while it was read")
-        if now.st_mtime_ns != self._opened.st_mtime_ns:
-            raise self.error("the file was written while it was read", remedy="work on a copy of it")
+            message = f"the file changed from {self.size} to {now.st_size} bytes while it was read"
+        elif now.st_mtime_ns != self._opened.st_mtime_ns:
+            message = "the file was written while it was read"
+        else:
+            return
+        raise self.error(message, remedy="work on a copy of it, or when nobody writes to it")
 
     def close(self) -> None:
         """Close the file. The mapping stays for as long as there are views of it."""
-        mapping, self._mapping = self._mapping, None
-        if mapping is not None:
-            with contextlib.suppress(BufferError):  # views are left: the mapping goes with the last of them
-                mapping.close()
+        self._bytes = None
         self._close()

@@ -1,0 +1,126 @@
+"""How fast the embedded hypervisor's calls are, and what its books weigh. Each function prints one table."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+
+from memshr.embedded import EmbeddedHypervisor
+from memshr.types import PAGE_SIZE, DomId, Extent, Gfn, PageArray
+
+MIB_PAGES = (1 << 20) // PAGE_SIZE
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _two_domains(pages: int) -> tuple[EmbeddedHypervisor, DomId, DomId]:
+    hypervisor = EmbeddedHypervisor()
+    return hypervisor, hypervisor.create_domain("A", pages), hypervisor.create_domain("B", pages)
+
+
+def many_page_calls() -> None:
+    """Nominate both sides of every pair and share them, in gfn order and in random order."""
+    print(
+        f"{'pairs':>9}  {'GiB':>5}  {'order':<8} {'nominate':>12} {'share':>12} {'both':>12}"
+        "   (pages/s, pairs/s, pairs/s)"
+    )
+    for pairs in (256 * MIB_PAGES // 2, 1024 * MIB_PAGES // 2, 1_000_000):
+        for order in ("gfn", "random"):
+            hypervisor, first, second = _two_domains(pairs)
+            gfns = np.arange(pairs)
+            rng = np.random.default_rng(1)
+            sources = PageArray.of_domain(first, gfns if order == "gfn" else rng.permutation(gfns))
+            clients = PageArray.of_domain(second, gfns if order == "gfn" else rng.permutation(gfns))
+            start = time.perf_counter()
+            source_handles, _ = hypervisor.nominate_gfns(sources)
+            client_handles, _ = hypervisor.nominate_gfns(clients)
+            nominated = time.perf_counter()
+            hypervisor.share_gfns_many(sources, source_handles, clients, client_handles)
+            shared = time.perf_counter()
+            assert hypervisor.counters().freed_pages == pairs
+            nominate_rate, share_rate = 2 * pairs / (nominated - start), pairs / (shared - nominated)
+            print(
+                f"{pairs:>9,}  {2 * pairs / (1024 * MIB_PAGES):>5.2f}  {order:<8}"
+                f" {nominate_rate:>12,.0f} {share_rate:>12,.0f} {pairs / (shared - start):>12,.0f}"
+            )
+
+
+def one_page_calls() -> None:
+    """The same, a call a page; and a write that unshares a page with its copy."""
+    count = 20_000
+    hypervisor, first, second = _two_domains(count)
+    handles = [(Gfn(gfn), hypervisor.nominate_gfn(first, Gfn(gfn))) for gfn in range(count)]
+    nominate_s = _seconds(lambda: [hypervisor.nominate_gfn(second, Gfn(gfn)) for gfn in range(count)])
+    clients = [hypervisor.nominate_gfn(second, Gfn(gfn)) for gfn in range(count)]
+
+    def share_all() -> None:
+        for (gfn, handle), client in zip(handles, clients, strict=True):
+            hypervisor.share_gfns(first, gfn, handle, second, gfn, client)
+
+    share_s = _seconds(share_all)
+    unshare_us = []
+    for gfn in range(count):
+        start = time.perf_counter_ns()
+        hypervisor.write(second, Gfn(gfn), b"x")
+        unshare_us.append((time.perf_counter_ns() - start) / 1000)
+    print(f"nominate_gfn {count / nominate_s:,.0f}/s, share_gfns {count / share_s:,.0f}/s")
+    print(f"a write that unshares with a copy: p50 {np.percentile(unshare_us, 50):.1f} us", end=", ")
+    print(f"p99 {np.percentile(unshare_us, 99):.1f} us")
+
+
+def metadata() -> None:
+    """Bytes of books for each page of domain memory (tracemalloc), for image-backed domains."""
+    print(f"{'GiB':>5}  {'opened':>8} {'looked at':>10} {'nominated':>10} {'shared':>8}   (bytes a page)")
+    for gib in (0.25, 1, 4):
+        pages = int(gib * 1024 * MIB_PAGES) // 2
+        image = np.broadcast_to(np.zeros((1, PAGE_SIZE), np.uint8), (pages, PAGE_SIZE))
+        tracemalloc.start()
+        hypervisor = EmbeddedHypervisor()
+        domids = [hypervisor.create_domain(name, extents=[Extent(Gfn(0), image)]) for name in "AB"]
+        weights = [_weight(pages)]
+        arrays = [PageArray.of_domain(domid, np.arange(pages)) for domid in domids]
+        before, _ = tracemalloc.get_traced_memory()
+        hypervisor.backed(arrays[0])
+        hypervisor.backed(arrays[1])
+        after, _ = tracemalloc.get_traced_memory()
+        weights.append(weights[0] + (after - before) / (2 * pages))
+        handles = []
+        base, _ = tracemalloc.get_traced_memory()
+        handles = [hypervisor.nominate_gfns(array)[0] for array in arrays]
+        nominated, _ = tracemalloc.get_traced_memory()
+        weights.append(weights[1] + (nominated - base - sum(column.nbytes for column in handles)) / (2 * pages))
+        hypervisor.share_gfns_many(arrays[0], handles[0], arrays[1], handles[1])
+        shared, _ = tracemalloc.get_traced_memory()
+        weights.append(weights[1] + (shared - base - sum(column.nbytes for column in handles)) / (2 * pages))
+        tracemalloc.stop()
+        print(f"{gib:>5}  {weights[0]:>8.1f} {weights[1]:>10.1f} {weights[2]:>10.1f} {weights[3]:>8.1f}")
+
+
+def _weight(pages: int) -> float:
+    current, _ = tracemalloc.get_traced_memory()
+    return current / (2 * pages)
+
+
+def audit() -> None:
+    """Audit with every page shared, by how many are on one frame."""
+    for sharers in (2, 256, 100_000):
+        pages = 1_000_000 - 1_000_000 % sharers
+        hypervisor = EmbeddedHypervisor()
+        domid = hypervisor.create_domain("A", pages)
+        array = PageArray.of_domain(domid, np.arange(pages))
+        handles, _ = hypervisor.nominate_gfns(array)
+        source = np.arange(pages) // sharers * sharers
+        client = np.flatnonzero(np.arange(pages) % sharers)
+        source = source[client]
+        hypervisor.share_gfns_many(array[source], handles[source], array[client], handles[client])
+        print(f"audit of {pages:,} shared gfns, {sharers:,} on a frame: {_seconds(hypervisor.audit):.2f} s")
+
+
+BENCHES = (many_page_calls, one_page_calls, metadata, audit)
