@@ -20,10 +20,18 @@ FETCH_KERNEL = Path(__file__).with_name("fetch-kernel")
 
 BLOBS = 4
 BLOB_BYTES = 1 << 20
+DRIVE_BLOCKS = 16384
 
 
 class MissingPartError(Exception):
-    """Something that a guest needs is not on this machine; the text says what, and how to get it."""
+    """Something that a guest needs is not on this machine; the text says what, and how to get it.
+
+    :param part: what a test run calls it that must not go without: ``qemu``, ``kvm`` or ``hugepages``.
+    """
+
+    def __init__(self, message: str, part: str = "qemu") -> None:
+        super().__init__(message)
+        self.part = part
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +102,11 @@ def build_initramfs(modules: Path | None) -> Path:
     :raises MissingPartError: busybox, cpio, or a compiler that links statically is missing.
     """
     busybox = find_program("busybox", "busybox-static")
+    if b"/ld-linux" in busybox.read_bytes():
+        raise MissingPartError(f"{busybox} is linked dynamically; apt-get install busybox-static")
     find_program("cpio", "cpio")
     module_files = sorted(modules.glob("*.ko")) if modules else []
-    inputs = [Path(__file__), busybox, *module_files, *(PROGRAMS / name for name in ("init", "files", "checker.c"))]
-    built = cache_folder() / f"initramfs-{_digest(inputs)}.cpio"
+    built = _cached("initramfs", [busybox, *module_files, *PROGRAMS.iterdir()])
     if built.exists():
         return built
 
@@ -110,7 +119,8 @@ def build_initramfs(modules: Path | None) -> Path:
         shutil.copy(PROGRAMS / "files", root / "bin/files")
         for file in (root / "init", root / "bin/files", root / "bin/busybox"):
             file.chmod(0o755)
-        compile_c([PROGRAMS / "checker.c", "-static", "-O2"], root / "bin/checker")
+        for program in ("checker", "reader"):
+            compile_c([PROGRAMS / f"{program}.c", "-static", "-O2"], root / f"bin/{program}")
         for module in module_files:
             shutil.copy(module, root / "modules")
         for number in range(BLOBS):
@@ -121,6 +131,39 @@ def build_initramfs(modules: Path | None) -> Path:
         with unfinished.open("wb") as archive:
             command = ["cpio", "--quiet", "--create", "--format=newc", "--owner=0:0", "--reproducible"]
             subprocess.run(command, input=names.encode(), stdout=archive, cwd=root, check=True)
+    return built
+
+
+def build_drive() -> Path:
+    """A drive of DRIVE_BLOCKS blocks of 4 KiB with the contents that the program ``reader`` of a guest expects.
+
+    :raises MissingPartError: there is no compiler.
+    """
+    built = _cached("drive", [PROGRAMS / "reader.c", PROGRAMS / "pattern.h"])
+    if built.exists():
+        return built
+    with _replacing(built) as unfinished, tempfile.TemporaryDirectory(prefix="memshr-drive-") as name:
+        reader = Path(name) / "reader"
+        compile_c([PROGRAMS / "reader.c", "-O2"], reader)
+        subprocess.run([reader, "--make", unfinished, str(DRIVE_BLOCKS)], check=True)
+    return built
+
+
+def build_freestanding() -> Path:
+    """The 32-bit guest without an operating system, a multiboot kernel.
+
+    :raises MissingPartError: there is no compiler, or it cannot make 32-bit code.
+    """
+    built = _cached("freestanding", [PROGRAMS / "freestanding.c"])
+    if built.exists():
+        return built
+    # No C library, no start files, no instructions that need an operating system to switch them on.
+    plain = "-m32 -O2 -ffreestanding -nostdlib -static -fno-pie -no-pie -mgeneral-regs-only -fno-stack-protector"
+    layout = (
+        "-fcf-protection=none -fno-asynchronous-unwind-tables -Wl,-Ttext=0x100000,-z,noseparate-code,--build-id=none"
+    )
+    with _replacing(built) as unfinished:
+        compile_c([PROGRAMS / "freestanding.c", *plain.split(), *layout.split()], unfinished)
     return built
 
 
@@ -136,11 +179,26 @@ def compile_c(arguments: list[str | Path], output: Path) -> None:
         raise MissingPartError(f"gcc cannot build {output.name} (apt-get install gcc libc6-dev): {done.stderr.strip()}")
 
 
-def _digest(inputs: list[Path]) -> str:
+def find_kvm() -> None:
+    """See whether QEMU can make a KVM virtual machine here.
+
+    :raises MissingPartError: it cannot; the text has its words.
+    """
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        remedy = "run on a KVM host, as root or in the group kvm"
+        raise MissingPartError(f"no /dev/kvm that this user may open; {remedy}", part="kvm")
+    command = [str(find_qemu()), "-accel", "kvm", "-machine", "none", "-display", "none", "-monitor", "stdio"]
+    done = subprocess.run(command, input="quit\n", capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise MissingPartError(f"QEMU cannot use /dev/kvm: {done.stderr.strip()}", part="kvm")
+
+
+def _cached(name: str, inputs: list[Path]) -> Path:
+    # Where a file that is built from these inputs (and by this module) is kept.
     digest = hashlib.sha256()
-    for path in inputs:
+    for path in sorted([*inputs, Path(__file__)]):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    return cache_folder() / f"{name}-{digest.hexdigest()[:16]}"
 
 
 @contextmanager

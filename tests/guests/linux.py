@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from guests.kit import LinuxKit
+from guests.kit import DRIVE_BLOCKS, LinuxKit, build_drive
 from guests.machine import GuestFailedError, Machine
 
 BOOT_DEADLINE_S = 180.0
@@ -27,6 +27,15 @@ class CheckerStatus:
     median_ns: int
     p99_ns: int
     longest_ns: int
+
+
+def drive_arguments(aio: str) -> tuple[str, ...]:
+    """QEMU arguments for a drive that QEMU reads straight into guest RAM (``cache=none``): a guest's ``/dev/vda``.
+
+    :param aio: ``native``, ``io_uring`` or ``threads``.
+    """
+    file = f"file={build_drive()},format=raw,readonly=on,if=none,id=drive,cache=none,aio={aio}"
+    return ("-drive", file, "-device", "virtio-blk-pci,drive=drive")
 
 
 class LinuxGuest(Machine):
@@ -101,6 +110,18 @@ class LinuxGuest(Machine):
         """
         self.run(f"checker {pages} {seed} {rewrites} /run/checker >/dev/ttyS0 2>&1 &")
 
+    def start_reader(self, *, seed: int = 1, buffer_pages: int = 1024) -> None:
+        """Start a program that reads ``/dev/vda`` past the page cache into its memory and checks what it read.
+
+        Several may run at once, with different seeds; ``rounds`` calls them ``reader1``, ``reader2`` and so on.
+
+        :param seed: decides what is read where to, 1 to 9.
+        :param buffer_pages: how much memory it reads into.
+        """
+        self.run("test -b /dev/vda")
+        name = f"reader{seed}"
+        self.run(f"reader /dev/vda {DRIVE_BLOCKS} {buffer_pages} {seed} /run/{name} >/dev/ttyS0 2>&1 &")
+
     def checker(self) -> CheckerStatus:
         """What the checker said after its last round.
 
@@ -115,7 +136,7 @@ class LinuxGuest(Machine):
 
     def rounds(self) -> dict[str, int]:
         """The number of the last round of each program that was started and finished one."""
-        lines = self.run("cd /run; grep -H round= files checker 2>/dev/null || true").splitlines()
+        lines = self.run("cd /run; grep -H round= files checker reader? 2>/dev/null || true").splitlines()
         return {line.partition(":")[0]: int(line.split("round=")[1].split()[0]) for line in lines}
 
     def mismatches(self) -> list[str]:

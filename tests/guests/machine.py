@@ -50,15 +50,15 @@ class Qmp:
     def __init__(self, path: Path) -> None:
         self.events: list[dict[str, Any]] = []
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(ANSWER_DEADLINE_S)
-        try:
-            self._socket.connect(os.fspath(path))
-        except OSError:
-            self._socket.close()
-            raise
         self._lines = self._socket.makefile("rb")
-        self._lines.readline()  # the greeting
-        self.execute("qmp_capabilities")
+        try:
+            self._socket.settimeout(ANSWER_DEADLINE_S)
+            self._socket.connect(os.fspath(path))
+            self._lines.readline()  # the greeting
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a command and return what it returned.
@@ -149,7 +149,7 @@ class Machine:
     def _answers(self) -> bool:
         try:
             self.execute("query-status")
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (OSError, GuestFailedError):  # it does not listen yet, or has ended already: whoever waits looks
             return False
         return True
 

@@ -1,7 +1,6 @@
 """What QEMU says a guest's memory holds, by two commands, and how many of its pages are equal."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +25,15 @@ class Dumps:
 
 
 @pytest.fixture(scope="module")
-def dumps(booted_pair: tuple[LinuxGuest, LinuxGuest], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dumps]:
+def dumps(booted_pair: tuple[LinuxGuest, LinuxGuest]) -> Iterator[Dumps]:
     """ELF dumps of both guests and a raw one of alpha, all of the same moment."""
-    folder = tmp_path_factory.mktemp("dumps")
-    done = Dumps(folder / "alpha.elf", folder / "beta.elf", folder / "alpha.raw")
-    with ExitStack() as ending:
-        for guest in booted_pair:
-            guest.pause()
-            ending.callback(guest.resume)
-        for guest, path in zip(booted_pair, (done.alpha, done.beta), strict=True):
-            guest.execute("dump-guest-memory", {"paging": False, "protocol": f"file:{path}"})
-        alpha = booted_pair[0]
-        alpha.execute("pmemsave", {"val": 0, "size": alpha.memory_mib << 20, "filename": str(done.alpha_raw)})
+    alpha, beta = booted_pair
+    # In the guests' folders, because a QEMU of another user can write nowhere else.
+    done = Dumps(alpha.folder / "dump.elf", beta.folder / "dump.elf", alpha.folder / "dump.raw")
+    for guest, path in ((alpha, done.alpha), (beta, done.beta)):
+        assert guest.execute("query-status")["status"] == "paused"
+        guest.execute("dump-guest-memory", {"paging": False, "protocol": f"file:{path}"})
+    alpha.execute("pmemsave", {"val": 0, "size": alpha.memory_mib << 20, "filename": str(done.alpha_raw)})
     yield done
     for path in (done.alpha, done.beta, done.alpha_raw):
         path.unlink()
@@ -70,7 +66,7 @@ def test_elf_and_raw_dumps_hold_the_same_pages_at_the_same_gfns(dumps: Dumps) ->
 
 def test_two_guests_that_did_the_same_have_most_of_their_pages_in_common(dumps: Dumps) -> None:
     alpha, beta = all_pages(dumps.alpha), all_pages(dumps.beta)
-    both, one, other = count_pages([alpha, beta]), count_pages([alpha]), count_pages([beta])
+    both, one, other = count_pages([[alpha], [beta]]), count_pages([[alpha]]), count_pages([[beta]])
     assert both.total_pages == one.total_pages + other.total_pages
     assert (both.zero_pages, both.intra_pages) == (
         one.zero_pages + other.zero_pages,

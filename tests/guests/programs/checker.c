@@ -10,34 +10,17 @@
  * line of NAME=NUMBER pairs. The first store into each page that is rewritten is timed; SIGUSR1 forgets those times.
  */
 #include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <x86intrin.h>
 
-#define PAGE_SIZE 4096
-#define WORDS (PAGE_SIZE / sizeof(uint64_t))
-#define COMMON 63
+#include "pattern.h"
+
 #define OCTAVE 8 /* buckets of the histogram for each power of two */
 
 static volatile sig_atomic_t forget;
 static uint64_t histogram[64 * OCTAVE], writes, longest;
-static uint64_t mismatches;
-
-static uint64_t mix(uint64_t x)
-{
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
-
-static uint64_t word_of(uint64_t pattern, uint64_t word)
-{
-    return pattern ? mix(pattern) * (word + 1) ^ word << 48 : 0;
-}
 
 static void record(uint64_t ticks)
 {
@@ -68,20 +51,6 @@ static void timed_store(volatile uint64_t *place, uint64_t value)
 
     *place = value;
     record(__rdtsc() - before);
-}
-
-static void check(const volatile uint64_t *page, uint64_t number, uint64_t pattern, uint64_t skip)
-{
-    for (uint64_t word = 0; word < WORDS; word++) {
-        uint64_t found = page[word], wanted = word_of(pattern, word);
-
-        if (word == skip || found == wanted)
-            continue;
-        if (mismatches++ < 20)
-            printf("MISMATCH checker page=%llu word=%llu wanted=%llx found=%llx\n", (unsigned long long)number,
-                   (unsigned long long)word, (unsigned long long)wanted, (unsigned long long)found);
-        return;
-    }
 }
 
 static uint64_t choose_pattern(uint64_t dice, uint64_t unique)
@@ -116,20 +85,13 @@ static uint64_t now_ns(void)
 
 static void report(const char *path, uint64_t round, uint64_t pages, double ns_a_tick)
 {
-    char beside[256];
-    FILE *file;
+    char line[256];
 
-    snprintf(beside, sizeof beside, "%s.new", path);
-    file = fopen(beside, "w");
-    if (!file) {
-        perror(beside);
-        exit(1);
-    }
-    fprintf(file, "round=%llu pages=%llu mismatches=%llu writes=%llu median_ns=%.0f p99_ns=%.0f longest_ns=%.0f\n",
-            (unsigned long long)round, (unsigned long long)pages, (unsigned long long)mismatches,
-            (unsigned long long)writes, quantile(0.5) * ns_a_tick, quantile(0.99) * ns_a_tick, longest * ns_a_tick);
-    fclose(file);
-    rename(beside, path);
+    snprintf(line, sizeof line,
+             "round=%llu pages=%llu mismatches=%llu writes=%llu median_ns=%.0f p99_ns=%.0f longest_ns=%.0f\n",
+             (unsigned long long)round, (unsigned long long)pages, (unsigned long long)mismatches,
+             (unsigned long long)writes, quantile(0.5) * ns_a_tick, quantile(0.99) * ns_a_tick, longest * ns_a_tick);
+    replace_file(path, line);
 }
 
 int main(int argc, char **argv)
@@ -163,7 +125,7 @@ int main(int argc, char **argv)
     first_ns = now_ns();
     for (uint64_t round = 1;; round++) {
         for (uint64_t page = 0; page < pages; page++)
-            check(memory[page], page, patterns[page], WORDS);
+            check("checker", memory[page], page, patterns[page], WORDS);
         for (uint64_t write = 0; write < rewrites; write++) {
             uint64_t page, word;
 
@@ -172,7 +134,7 @@ int main(int argc, char **argv)
             word = (dice >> 16) % WORDS;
             if (write % 2) {
                 timed_store(&memory[page][word], ~dice);
-                check(memory[page], page, patterns[page], word);
+                check("checker", memory[page], page, patterns[page], word);
                 memory[page][word] = word_of(patterns[page], word);
             } else {
                 patterns[page] = choose_pattern(mix(dice), seed << 32 | page << 8 | (1 + round % 255));

@@ -1,0 +1,348 @@
+"""KSM as a yardstick: how soon, and at what cost, it gives memory back on freshly booted guests.
+
+Each measurement has guests of its own, booted and loaded alike, in one of three states: ``paused`` through QMP,
+``idle`` (running, with nothing to do), or ``busy`` (rewriting and checking their memory, and timing their own writes).
+What could be shared is counted exactly beforehand, by a path that neither KSM nor memshr has a part in.
+
+KSM is measured with all brakes off and at its defaults; its settings are put back afterwards, whatever happens. Another
+sharer is measured by handing ``measure_sharer`` a callable. Needs root; nothing else on the host may use KSM meanwhile.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from guests.kit import LinuxKit, linux_kit
+from guests.linux import LinuxGuest
+from guests.machine import GuestFailedError
+from guests.pages import Census, backed_pages, count_pages, mergeable_ranges, used_frames
+
+KSM = Path("/sys/kernel/mm/ksm")
+SETTINGS = ("pages_to_scan", "sleep_millisecs", "use_zero_pages", "max_page_sharing", "merge_across_nodes")
+FULL_THROTTLE = {"pages_to_scan": 100_000, "sleep_millisecs": 0, "use_zero_pages": 1}
+DEFAULTS = {"pages_to_scan": 100, "sleep_millisecs": 20, "use_zero_pages": 0}
+
+STOP, RUN, UNMERGE = 0, 1, 2
+"""what can be written to ``run``"""
+
+GOAL = 0.95
+POLL_S = 0.01
+REST_S = 1.0
+SETTLED_SCANS = 3
+"""KSM has done what it will do when its count has not grown in so many full scans"""
+
+FILES = 48
+CHECKER_PAGES = 16384
+
+DEADLINE_S = {"paused": 300.0, "idle": 300.0, "busy": 60.0}
+"""what KSM may take; it never settles while guests rewrite their memory"""
+
+State = Literal["paused", "idle", "busy"]
+Share = Callable[[Sequence[LinuxGuest]], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One mechanism on one set of guests.
+
+    ``given_back_pages`` is how many frames fewer the guests have afterwards, counted in /proc/PID/pagemap;
+    ``to_goal_s`` when that reached GOAL of what is sharable, None if never; ``seconds`` until the mechanism had done.
+    ``cpu_s`` is all processor time until then: its own, the kernel's for it, and QEMU's on its behalf (the last only of
+    paused guests, which use none of their own); ``resting_cpu`` what it goes on using, as a share of one processor.
+    Write times are the guests' own measurement, the worst of all guests.
+    """
+
+    mechanism: str
+    state: State
+    sharable: Census
+    given_back_pages: int
+    to_goal_s: float | None
+    seconds: float
+    cpu_s: float
+    resting_cpu: float
+    memory_gained_mib: float
+    write_p99_ns: int | None
+    write_longest_ns: int | None
+
+
+# -- the guests -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fresh_guests(kit: LinuxKit, count: int, state: State) -> Iterator[list[LinuxGuest]]:
+    """Freshly booted guests whose memory has been filled alike, in ``state``.
+
+    :raises GuestFailedError: at the end, if a guest has found a page of its own that is wrong.
+    """
+    with ExitStack() as ending:
+        guests = [ending.enter_context(LinuxGuest(f"bench-{number}", kit).boot()) for number in range(1, count + 1)]
+        for seed, guest in enumerate(guests, start=1):
+            guest.wait_ready()
+            guest.start_files(FILES)
+            guest.start_checker(CHECKER_PAGES, seed=seed)
+        for guest in guests:
+            guest.wait_rounds(1, ("files", "checker"))
+        if state != "busy":
+            for guest in guests:
+                guest.run("killall -STOP files checker")
+        if state == "paused":
+            for guest in guests:
+                guest.pause()
+        yield guests
+        if state == "paused":
+            for guest in guests:
+                guest.resume()
+        if state != "busy":
+            for guest in guests:
+                guest.run("killall -CONT files checker")
+        for guest in guests:
+            guest.wait_rounds(1, ("files", "checker"))
+            if wrong := guest.mismatches():
+                raise GuestFailedError(f"guest {guest.name}: {wrong[0]}")
+
+
+def count_sharable(guests: Sequence[LinuxGuest]) -> Census:
+    """What an exact count says of all guests together; they are paused meanwhile, if they run."""
+    running = [guest for guest in guests if guest.execute("query-status")["running"]]
+    for guest in running:
+        guest.pause()
+    counted = count_pages([backed_pages(guest.pid) for guest in guests])
+    for guest in running:
+        guest.resume()
+    return counted
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+def thread_cpu_s(pid: int) -> float:
+    """Processor time of a single thread, to the nanosecond."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def process_cpu_s(pid: int) -> float:
+    """Processor time of all threads of a process, ended ones too, to the clock tick."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def own_cpu_s() -> float:
+    """Processor time of this process and of its children that have ended."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in spent)
+
+
+def available_mib() -> float:
+    """MemAvailable of the host."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 1024
+
+
+class FrameWatch:
+    """Samples, in a process of its own, how many frames the guests have; from ``with`` on."""
+
+    def __init__(self, guests: Sequence[LinuxGuest]) -> None:
+        ranges = {guest.pid: mergeable_ranges(guest.pid) for guest in guests}
+        context = multiprocessing.get_context("spawn")
+        self._samples: list[tuple[float, int]] = []
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_watch_frames, args=(ranges, theirs), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._process.start()
+        self._connection.recv()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.send("stop")
+        self._samples = self._connection.recv()
+        self._process.join()
+
+    def given_back_pages(self) -> int:
+        """By how much the number of frames fell in all."""
+        return self._samples[0][1] - self._samples[-1][1]
+
+    def when_given_back(self, pages: float) -> float | None:
+        """The time (of time.monotonic) of the first sample with at least so many frames fewer; None: never."""
+        frames = self._samples[0][1]
+        return next((when for when, sample in self._samples if frames - sample >= pages), None)
+
+
+def _watch_frames(ranges: Mapping[int, Sequence[tuple[int, int]]], connection: Connection) -> None:
+    samples = [(time.monotonic(), used_frames(ranges))]
+    connection.send("ready")
+    while not connection.poll(POLL_S):
+        samples.append((time.monotonic(), used_frames(ranges)))
+    samples.append((time.monotonic(), used_frames(ranges)))
+    connection.send(samples)
+
+
+def _measure(
+    mechanism: str,
+    state: State,
+    guests: Sequence[LinuxGuest],
+    run: Callable[[], object],
+    cpu_s: Callable[[], float],
+) -> Result:
+    sharable = count_sharable(guests)
+    if state == "busy":
+        for guest in guests:
+            guest.forget_times()
+        for guest in guests:
+            guest.wait_rounds(1)
+    with FrameWatch(guests) as watch:
+        available_before, cpu_before, begin = available_mib(), cpu_s(), time.monotonic()
+        run()
+        end, cpu_after, available_after = time.monotonic(), cpu_s(), available_mib()
+        timed = [guest.checker() for guest in guests] if state == "busy" else []
+    rest_begin, rest_cpu = time.monotonic(), cpu_s()
+    time.sleep(REST_S)
+    resting_cpu = (cpu_s() - rest_cpu) / (time.monotonic() - rest_begin)
+    reached_at = watch.when_given_back(GOAL * sharable.saved_pages)
+    return Result(
+        mechanism=mechanism,
+        state=state,
+        sharable=sharable,
+        given_back_pages=watch.given_back_pages(),
+        to_goal_s=None if reached_at is None else reached_at - begin,
+        seconds=end - begin,
+        cpu_s=cpu_after - cpu_before,
+        resting_cpu=resting_cpu,
+        memory_gained_mib=available_after - available_before,
+        write_p99_ns=max((status.p99_ns for status in timed), default=None),
+        write_longest_ns=max((status.longest_ns for status in timed), default=None),
+    )
+
+
+def measure_sharer(mechanism: str, state: State, guests: Sequence[LinuxGuest], share: Share) -> Result:
+    """Measure ``share``, which shares what it can among the guests, here or in child processes that it waits for."""
+
+    def cpu_s() -> float:
+        # What a sharer lets QEMU do counts; running guests use much more for themselves, and are left out.
+        qemus = sum(process_cpu_s(guest.pid) for guest in guests) if state == "paused" else 0.0
+        return own_cpu_s() + qemus
+
+    return _measure(mechanism, state, guests, lambda: share(guests), cpu_s)
+
+
+# -- KSM --------------------------------------------------------------------------------------------------------------
+
+
+def ksm_value(name: str) -> int:
+    """One of KSM's settings or counters."""
+    return int((KSM / name).read_text())
+
+
+def _set_ksm(values: Mapping[str, int]) -> None:
+    for name, value in values.items():
+        (KSM / name).write_text(f"{value}\n")
+
+
+@contextmanager
+def ksm_settings(values: Mapping[str, int]) -> Iterator[None]:
+    """KSM stopped, with these settings. At the end all its pages are unmerged and every setting is as it was.
+
+    :raises RuntimeError: KSM is in use on this host.
+    """
+    before = {name: ksm_value(name) for name in (*SETTINGS, "run")}
+    if before["run"] == RUN or ksm_value("pages_sharing"):
+        raise RuntimeError("KSM is in use on this host: stop it first (echo 2 > /sys/kernel/mm/ksm/run)")
+    try:
+        _set_ksm({"run": STOP, **values})
+        yield
+    finally:
+        _set_ksm({"run": UNMERGE})
+        _set_ksm(before)
+
+
+def ksm_thread() -> int:
+    """The pid of the kernel's ksmd."""
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            if comm.read_text() == "ksmd\n":
+                return int(comm.parent.name)
+        except OSError:  # it ended while we looked
+            continue
+    raise RuntimeError("this kernel has no ksmd (CONFIG_KSM)")
+
+
+def measure_ksm(state: State, guests: Sequence[LinuxGuest], values: Mapping[str, int], deadline_s: float) -> Result:
+    """Let KSM run with these settings until it has settled, or for ``deadline_s``."""
+    ksmd = ksm_thread()
+
+    def run() -> None:
+        most, at_scan = 0, 0
+        deadline = time.monotonic() + deadline_s
+        _set_ksm({"run": RUN})
+        while time.monotonic() < deadline and not (most and ksm_value("full_scans") >= at_scan + SETTLED_SCANS):
+            time.sleep(POLL_S)
+            if (sharing := ksm_value("pages_sharing") + ksm_value("ksm_zero_pages")) > most:
+                most, at_scan = sharing, ksm_value("full_scans")
+
+    name = "KSM" if values["pages_to_scan"] == FULL_THROTTLE["pages_to_scan"] else "KSM at defaults"
+    with ksm_settings(values):
+        return _measure(name, state, guests, run, lambda: thread_cpu_s(ksmd))
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as lines of text."""
+    heads: tuple[str, ...] = ("mechanism", "guests", "sharable", "given back", "to 95%", "in all", "CPU", "at rest")
+    heads += ("MemAvailable", "write p99", "longest")
+    rows = [heads, *(_cells(result) for result in results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    return (
+        result.mechanism,
+        result.state,
+        str(result.sharable.saved_pages),
+        str(result.given_back_pages),
+        "never" if result.to_goal_s is None else f"{result.to_goal_s:.2f} s",
+        f"{result.seconds:.2f} s",
+        f"{result.cpu_s:.2f} s",
+        f"{result.resting_cpu:.0%}",
+        f"{result.memory_gained_mib:+.0f} MiB",
+        "" if result.write_p99_ns is None else f"{result.write_p99_ns / 1e6:.3f} ms",
+        "" if result.write_longest_ns is None else f"{result.write_longest_ns / 1e6:.3f} ms",
+    )
+
+
+def main() -> None:
+    """Measure KSM alone and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--guests", type=int, default=3, help="how many guests of 256 MiB (default: %(default)s)")
+    parser.add_argument("--states", nargs="+", choices=("paused", "idle", "busy"), default=["paused", "idle"])
+    parser.add_argument("--defaults", action="store_true", help="also KSM at its defaults (some minutes)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that KSM is put back
+    kit = linux_kit()
+    results = []
+    for values in (FULL_THROTTLE, DEFAULTS) if options.defaults else (FULL_THROTTLE,):
+        for state in options.states:
+            with fresh_guests(kit, options.guests, state) as guests:
+                results.append(measure_ksm(state, guests, values, deadline_s=DEADLINE_S[state]))
+    print("\n".join(json.dumps(asdict(result)) for result in results) if options.json else table(results))
+
+
+if __name__ == "__main__":
+    main()
