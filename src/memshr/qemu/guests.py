@@ -79,6 +79,11 @@ class GuestProcess:
             raise BackendError(f"guest {self.name} ({self.pid}): {reason.reason}", remedy=reason.remedy)
         return Monitor(self.qmp_path)
 
+    def pool_inodes(self) -> set[int]:
+        """The inodes of the frame pools that it has mapped. :raises OSError: it has ended, or we may not look."""
+        mappings = parse_maps(Path(f"/proc/{self.pid}/maps").read_text())
+        return {mapping.inode for mapping in mappings if group_of(mapping) is not None}
+
     @property
     def running(self) -> bool:
         """Whether this very process is still there."""
