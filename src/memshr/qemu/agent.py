@@ -32,6 +32,7 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -410,6 +411,7 @@ class Session:
         self._table = control.view(TABLE, TABLE_ENTRIES * 8, np.dtype("<u8")).reshape(TABLE_ENTRIES, 8)
         self.local_pieces = control.view(LOCAL_PIECES, syscalls.IOV_MAX, syscalls.IOVEC)
         self.remote_pieces = control.view(REMOTE_PIECES, syscalls.IOV_MAX, syscalls.IOVEC)
+        _open_sessions.add(self)
 
     @classmethod
     def open(cls, pid: int, pidfd: int, name: str, control: ControlArea, monitor: Monitor) -> Self:
@@ -570,10 +572,26 @@ class Session:
             time.sleep(0.001)
         self.close()
 
+    def release_files(self) -> None:
+        """Close our ends without ending the session; for the child of a fork."""
+        uffd, self.uffd = self.uffd, -1
+        if uffd >= 0:
+            os.close(uffd)
+        self._wire.close()
+
+    def abandon(self) -> None:
+        """Let everybody who waits go on, from whatever thread: the agent sees the end of the stream."""
+        with contextlib.suppress(OSError):
+            self._wire.shutdown(socket.SHUT_RDWR)
+        uffd, self.uffd = self.uffd, -1
+        if uffd >= 0:
+            os.close(uffd)
+
     def close(self) -> None:
         """End the session: the agent closes its descriptors, all protection ends, waiting writers go on."""
-        os.close(self.uffd)
+        self.abandon()
         self._wire.close()
+        _open_sessions.discard(self)
         del self._table, self.local_pieces, self.remote_pieces
 
     def __enter__(self) -> Self:
@@ -583,6 +601,18 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+_open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    # A forked child that kept a socket open would hide our death from the agent, and writers would wait for it.
+    for session in list(_open_sessions):
+        session.release_files()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def entries(calls: Sequence[tuple[int, ...]], results: Sequence[int]) -> NDArray[np.uint64]:

@@ -33,8 +33,10 @@ Pages = NDArray[np.int64]
 BATCH_ENTRIES: Final = 384
 """Mappings that one table changes: a writer of one of its pages waits for the rest of the table (here 7 to 11 us for
 each isolated page, so about 4 ms at most)."""
+BATCH_PAGES: Final = BATCH_ENTRIES
+"""Pages that are in flight together, for the same reason: each may be an isolated one."""
 MOVED_PAGES: Final = 1024
-"""Pages that one table copies back into memory of their own, for the same reason."""
+"""Pages of one run that a table copies back into memory of their own."""
 
 _HUGE_PAGES: Final = 512
 _HUGE_BYTES: Final = _HUGE_PAGES * PAGE_SIZE
@@ -100,7 +102,6 @@ class Attachment:
         """pages in mappings of a pool; kept by the hypervisor, which knows who shares"""
         self._unregistered = np.zeros(self.pages, dtype=np.bool_)
         """pages in mappings that were made after the last UFFDIO_REGISTER"""
-        self._split = np.zeros(0, dtype=np.int64)
 
     def gone(self) -> NoSuchDomainError:
         """The error for a guest that has ended."""
@@ -359,12 +360,12 @@ class Attachment:
     def unprotect(self, pages: Pages) -> None:
         """Let writers of these pages go on."""
         session = self.working_session()
-        try:
-            for start, length in self._runs(pages):
+        for start, length in self._runs(pages):
+            try:
                 syscalls.userfaultfd_write_protect(session.uffd, start, length, False)
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # a mapping of ours that is not registered has no protection to lift
-                raise self._failed(error) from error
+            except OSError as error:
+                if error.errno != errno.ENOENT:  # a mapping of ours that is not registered has no protection to lift
+                    raise self._failed(error) from error
 
     def wake(self) -> None:
         """Let everybody who waits at a protected page try again."""
@@ -390,8 +391,6 @@ class Attachment:
         """
         hvas = self.hvas[pages]
         chunks, at = np.unique(hvas >> 21, return_index=True)
-        fresh = ~np.isin(chunks, self._split)
-        chunks, at = chunks[fresh], at[fresh]
         pieces = np.zeros(len(chunks), dtype=syscalls.IOVEC)
         pieces["base"] = hvas[at]
         pieces["length"] = PAGE_SIZE
@@ -399,7 +398,6 @@ class Attachment:
             with contextlib.suppress(OSError):  # a saving that comes later, no error
                 some = np.ascontiguousarray(pieces[start : start + syscalls.IOV_MAX])
                 syscalls.process_madvise(self.pidfd, some, syscalls.MADV_COLD)
-        self._split = np.union1d(self._split, chunks)
 
     def huge(self, pages: Pages) -> NDArray[np.bool_]:
         """Which pages are part of a transparent huge page; looks at one page of each 2 MiB."""

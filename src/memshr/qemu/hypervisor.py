@@ -48,7 +48,7 @@ from memshr.errors import (
 )
 from memshr.hypervisor import Capability, error_of
 from memshr.qemu import pagemap
-from memshr.qemu.attachment import BATCH_ENTRIES, MOVED_PAGES, Attachment
+from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment
 from memshr.qemu.guests import GuestProcess, find_guests
 from memshr.qemu.lock import GuestLock
 from memshr.qemu.pool import FramePool
@@ -112,6 +112,26 @@ class PoolFigures:
     backed_bytes: int
 
 
+class _PoolBooks:
+    """A pool with what is known of each of its frames: its handle and the sum of its contents (0: none)."""
+
+    def __init__(self, pool: FramePool, *, whole: bool) -> None:
+        self.pool = pool
+        self.whole = whole
+        """whether every process that has it mapped is a guest of ours: only then may frames be added or given back"""
+        self.handles = np.zeros(0, dtype=np.uint64)
+        self.sums = np.zeros(0, dtype=np.uint64)
+        self.grow()
+
+    def grow(self) -> None:
+        """Make room for every frame number that was given out."""
+        missing = self.pool.frames - len(self.handles)
+        if missing > 0:
+            room = np.zeros(max(missing, len(self.handles)), dtype=np.uint64)
+            self.handles = np.concatenate([self.handles, room])
+            self.sums = np.concatenate([self.sums, room])
+
+
 class QemuHypervisor:
     """Some running QEMU guests as a ``memshr.hypervisor.Hypervisor``. A context manager.
 
@@ -134,14 +154,13 @@ class QemuHypervisor:
         reserve_bytes: int = _DEFAULT_RESERVE_BYTES,
     ) -> None:
         self._reserve_bytes = reserve_bytes
-        self._locks: list[GuestLock] = []
+        self._locks: dict[int, GuestLock] = {}
         self._guests: list[Attachment] = []
-        self._pools: list[FramePool] = []
+        self._pools: list[_PoolBooks] = []
         self._watch: WriteWatch | None = None
         self._lock = threading.Lock()
         try:
             for number, process in enumerate(processes, start=1):
-                self._locks.append(GuestLock(process.pid, process.name))
                 self._guests.append(Attachment(DomId(number), process))
             self._groups = _group_of_each(processes, groups or {})
             sizes = [guest.pages for guest in self._guests]
@@ -150,8 +169,6 @@ class QemuHypervisor:
             self._frame = np.full(total, _NOWHERE, dtype=np.int64)
             self._phase = np.zeros(total, dtype=np.uint8)
             self._handle = np.zeros(total, dtype=np.uint64)
-            self._frame_handle: dict[int, int] = {}
-            self._frame_sum: dict[int, int] = {}
             self._next_handle = _FIRST_HANDLE
             self._enabled = [False] * len(self._guests)
             self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
@@ -160,7 +177,7 @@ class QemuHypervisor:
             self._primary: dict[str, int] = {}
             for guest in self._guests:
                 self._rebuild(guest)
-            self._watch = WriteWatch(self._on_writes, self._on_end)
+            self._watch = WriteWatch(self._on_writes, self._on_end, self._on_failure)
         except BaseException:
             self.close()
             raise
@@ -179,10 +196,10 @@ class QemuHypervisor:
         for guest in self._guests:
             guest.close()
         for pool in self._pools:
-            pool.close()
-        for lock in self._locks:
+            pool.pool.close()
+        for lock in self._locks.values():
             lock.release()
-        self._guests, self._pools, self._locks = [], [], []
+        self._guests, self._pools, self._locks = [], [], {}
 
     # -- the truth of the host -------------------------------------------------------------------------------------
 
@@ -198,7 +215,7 @@ class QemuHypervisor:
     def _mapped_frames(self, guest: Attachment) -> tuple[NDArray[np.int64], list[AuditFinding]]:
         frames = np.full(guest.pages, _NOWHERE, dtype=np.int64)
         findings = []
-        known: dict[int, int] = {pool.inode: number for number, pool in enumerate(self._pools)}
+        known: dict[int, int] = {books.pool.inode: number for number, books in enumerate(self._pools)}
         for mapping, group in guest.pool_mappings():
             number = known.get(mapping.inode)
             if number is None:
@@ -221,8 +238,9 @@ class QemuHypervisor:
                     continue
                 number = len(self._pools)
                 known[pool.inode] = number
-                self._pools.append(pool)
-                self._primary.setdefault(pool.group, number)
+                self._pools.append(_PoolBooks(pool, whole=self._sees_all(pool)))
+                if self._pools[number].whole:
+                    self._primary.setdefault(pool.group, number)
             hvas = np.arange(mapping.start, mapping.end, PAGE_SIZE, dtype=np.int64)
             pages = guest.pages_of_hvas(hvas)
             first = (number << _POOL_SHIFT) + (mapping.offset >> PAGE_SHIFT)
@@ -293,7 +311,16 @@ class QemuHypervisor:
             self._phase[ids[standing]] = _PLAIN
             self._handle[ids[standing]] = 0
             # Inside the lock: once it is open, the page may be nominated, and so protected, anew.
-            guest.unprotect(local[standing])
+            try:
+                guest.unprotect(local[standing])
+            except NoSuchDomainError:
+                guest.dead = True
+
+    def _on_failure(self) -> None:
+        # Nobody hears of writes any more: without sessions nothing is protected and nobody waits.
+        for guest in self._guests:
+            if guest.session is not None:
+                guest.session.abandon()
 
     def _on_end(self, uffd: int) -> None:
         for guest in self._guests:
@@ -390,6 +417,9 @@ class QemuHypervisor:
         """
         guest = self._guest(domid, "control")
         if enable and guest.session is None:
+            if domid not in self._locks:
+                self._locks[domid] = GuestLock(guest.process.pid, guest.process.name)
+            self._rebuild(guest)  # another memshr may have been at work until now
             guest.attach()
             assert guest.session is not None
             assert self._watch is not None
@@ -485,8 +515,7 @@ class QemuHypervisor:
         handles = np.zeros(len(ids), dtype=np.uint64)
         statuses = np.zeros(len(ids), dtype=np.int32)
         shared = self._on_frame(ids)
-        for row in np.flatnonzero(shared).tolist():
-            handles[row] = self._handle_of_frame(int(self._frame[ids[row]]))
+        handles[shared] = self._give_frame_handles(self._frame[ids[shared]])
         with self._lock:
             already = ~shared & (self._phase[ids] == _NOMINATED)
             handles[already] = self._handle[ids[already]]
@@ -517,11 +546,24 @@ class QemuHypervisor:
         self._next_handle += count
         return np.arange(first, first + count, dtype=np.uint64)
 
-    def _handle_of_frame(self, frame: int) -> int:
+    def _give_frame_handles(self, frames: NDArray[np.int64]) -> Handles:
         # A frame that was shared by an earlier memshr gets its handle when somebody asks.
-        if frame not in self._frame_handle:
-            self._frame_handle[frame] = int(self._new_handles(1)[0])
-        return self._frame_handle[frame]
+        handles = np.zeros(len(frames), dtype=np.uint64)
+        for books, rows, numbers in self._by_pool(frames):
+            without = np.unique(numbers[books.handles[numbers] == 0])
+            books.handles[without] = self._new_handles(len(without))
+            handles[rows] = books.handles[numbers]
+        return handles
+
+    def _by_pool(self, frames: NDArray[np.int64]) -> list[tuple[_PoolBooks, NDArray[np.int64], NDArray[np.int64]]]:
+        # Each pool that has some of these frames, with the rows of ``frames`` that are its and their numbers in it.
+        pools = frames >> _POOL_SHIFT
+        found = []
+        for number in np.unique(pools).tolist():
+            rows = np.flatnonzero(pools == number)
+            self._pools[number].grow()
+            found.append((self._pools[number], rows, frames[rows] & ((1 << _POOL_SHIFT) - 1)))
+        return found
 
     # -- share -----------------------------------------------------------------------------------------------------
 
@@ -549,7 +591,8 @@ class QemuHypervisor:
         statuses[rows[apart]] = Status.EXDEV
         rows = rows[~apart]
         while len(rows):
-            some = rows[: self._independent(source_ids[rows], client_ids[rows])]
+            some = rows[:BATCH_PAGES]  # all that is in flight at once
+            some = some[: self._independent(source_ids[some], client_ids[some])]
             statuses[some] = self._share(source_ids[some], source_handles[some], client_ids[some], client_handles[some])
             rows = rows[len(some) :]
         return statuses
@@ -609,8 +652,9 @@ class QemuHypervisor:
 
     def _frame_handles(self, ids: Ids, shared: NDArray[np.bool_]) -> Handles:
         handles = np.zeros(len(ids), dtype=np.uint64)
-        for row in np.flatnonzero(shared).tolist():
-            handles[row] = self._frame_handle.get(int(self._frame[ids[row]]), 0)
+        mapped = np.flatnonzero(shared)
+        for books, rows, numbers in self._by_pool(self._frame[ids[mapped]]):
+            handles[mapped[rows]] = books.handles[numbers]
         return handles
 
     def _valid(
@@ -629,7 +673,7 @@ class QemuHypervisor:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         order = np.argsort(frames)
         ids = np.flatnonzero(np.isin(self._frame, frames))
-        ids = self._hold(ids)
+        ids = self._hold(ids[self._on_frame(ids)])
         place = np.searchsorted(frames[order], self._frame[ids])
         return ids, targets[shared][order[place]]
 
@@ -658,19 +702,18 @@ class QemuHypervisor:
         for guest, rows in self._by_guest(np.concatenate([new_sources, movers])):
             if not guest.dead:
                 guest.split_huge_pages(np.sort(self._local(guest, np.concatenate([new_sources, movers])[rows])))
-        wanted = self._new_frames(new_sources)
+        try:
+            wanted = self._new_frames(new_sources)
+        except HostMemoryError:
+            return movers[:0]
         handles = self._handle[new_sources].copy()
         landed = self._map(new_sources, wanted)
-        for page, handle in zip(new_sources.tolist(), handles.tolist(), strict=True):
-            if self._frame[page] != _NOWHERE and page in landed:
-                self._frame_handle[int(self._frame[page])] = handle
-        there = np.isin(targets, new_sources[np.isin(new_sources, list(landed))]) | (
-            (self._frame[targets] != _NOWHERE) & ~np.isin(targets, new_sources)
-        )
-        done = self._map(movers[there], self._frame[targets[there]])
-        unused = wanted[~np.isin(new_sources, list(landed))]
-        self._punch_unread(unused)
-        return np.array(sorted(done), dtype=np.int64)
+        for books, rows, numbers in self._by_pool(wanted[landed]):
+            books.handles[numbers] = handles[landed][rows]
+        ready = np.isin(targets, new_sources[landed]) | ~np.isin(targets, new_sources)
+        done = movers[ready][self._map(movers[ready], self._frame[targets[ready]])]
+        self._punch_unread(wanted[~landed])
+        return done
 
     def _new_frames(self, sources: Ids) -> NDArray[np.int64]:
         """Copies of the contents of in-flight pages in new frames of their groups' pools."""
@@ -679,15 +722,16 @@ class QemuHypervisor:
             contents = np.empty((len(rows), PAGE_SIZE), dtype=np.uint8)
             guest.read_scattered(self._local(guest, sources[rows]), contents)
             number = self._pool_for(self._groups[guest.domid - 1])
-            first = self._pools[number].add(contents)
+            books = self._pools[number]
+            first = books.pool.add(contents)
             frames[rows] = (number << _POOL_SHIFT) + first + np.arange(len(rows))
-            for frame, digest in zip(frames[rows].tolist(), self._sums(contents).tolist(), strict=True):
-                self._frame_sum[frame] = digest
+            books.grow()
+            books.sums[first : first + len(rows)] = self._sums(contents)
         return frames
 
     def _pool_for(self, group: str) -> int:
         if group not in self._primary:
-            self._pools.append(FramePool.create(group))
+            self._pools.append(_PoolBooks(FramePool.create(group), whole=True))
             self._primary[group] = len(self._pools) - 1
         return self._primary[group]
 
@@ -695,29 +739,29 @@ class QemuHypervisor:
         # A sum with secret odd weights: any change of a page changes it, and nobody can plan one that does not.
         words = contents.reshape(len(contents), PAGE_SIZE).view(np.uint64)
         mixed = words ^ (words >> np.uint64(32))
-        return np.asarray((mixed * self._weights).sum(axis=1, dtype=np.uint64))
+        return np.asarray((mixed * self._weights).sum(axis=1, dtype=np.uint64)) | np.uint64(1)
 
-    def _map(self, ids: Ids, frames: NDArray[np.int64]) -> set[int]:
-        """Map frames over in-flight pages; returns the pages for which it was done."""
-        done: set[int] = set()
-        for guest, rows in self._by_guest(ids):
-            for pool in np.unique(frames[rows] >> _POOL_SHIFT).tolist():
-                some = rows[frames[rows] >> _POOL_SHIFT == pool]
+    def _map(self, ids: Ids, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Map frames over in-flight pages; returns for which it was done."""
+        done = np.zeros(len(ids), dtype=np.bool_)
+        for guest, mine in self._by_guest(ids):
+            for books, rows, _ in self._by_pool(frames[mine]):
+                some = mine[rows]
                 some = some[np.argsort(ids[some])]
                 numbers = frames[some] & ((1 << _POOL_SHIFT) - 1)
                 try:
-                    mapped = guest.map_frames(self._local(guest, ids[some]), numbers, self._pools[pool])
+                    mapped = guest.map_frames(self._local(guest, ids[some]), numbers, books.pool)
                 except (NoSuchDomainError, ConnectionLostError):
                     guest.dead = True
                     continue
-                finished = ids[some[:mapped]]
-                self._frame[finished] = frames[some[:mapped]]
-                guest.in_pool[self._local(guest, finished)] = True
+                finished = some[:mapped]
+                done[finished] = True
+                self._frame[ids[finished]] = frames[finished]
+                guest.in_pool[self._local(guest, ids[finished])] = True
                 with self._lock:
-                    self._phase[finished] = _PLAIN
-                    self._handle[finished] = 0
+                    self._phase[ids[finished]] = _PLAIN
+                    self._handle[ids[finished]] = 0
                 self._wake(guest)
-                done.update(finished.tolist())
         return done
 
     def _settle(self, ids: Ids) -> None:
@@ -747,13 +791,13 @@ class QemuHypervisor:
         holders = np.flatnonzero(np.isin(self._frame, frames))
         read = np.unique(self._frame[holders[self._on_frame(holders)]])
         unread = frames[~np.isin(frames, read)]
-        for number in np.unique(unread >> _POOL_SHIFT).tolist():
-            mine = unread[unread >> _POOL_SHIFT == number]
-            self._pools[number].punch(mine & ((1 << _POOL_SHIFT) - 1))
-        for frame in unread.tolist():
-            self._frame_handle.pop(frame, None)
-            self._frame_sum.pop(frame, None)
-        return len(unread)
+        punched = 0
+        for books, _, numbers in self._by_pool(unread):
+            books.handles[numbers] = books.sums[numbers] = 0
+            if books.whole:
+                books.pool.punch(numbers)
+                punched += len(numbers)
+        return punched
 
     # -- unshare ---------------------------------------------------------------------------------------------------
 
@@ -780,21 +824,22 @@ class QemuHypervisor:
                 guest.unprotect(self._local(guest, nominated[rows]))
 
     def _make_private(self, ids: Ids, filled: NDArray[np.bool_]) -> None:
-        """Give pages (ascending, distinct, not nominated) anonymous memory of their own. Stops where the host has
-        none left; what was done shows in ``_frame``."""
+        """Give pages (ascending, distinct, not nominated) anonymous memory of their own, and unread frames back to
+        the host. Stops where the host has no memory left; what was done shows in ``_frame``."""
+        frames = np.unique(self._frame[ids])
         for guest, rows in self._by_guest(ids):
             if guest.session is None:
                 self.control(guest.domid, True)
-            for start in range(0, len(rows), min(BATCH_ENTRIES, MOVED_PAGES)):
-                some = rows[start : start + min(BATCH_ENTRIES, MOVED_PAGES)]
+            for start in range(0, len(rows), BATCH_PAGES):
+                some = rows[start : start + BATCH_PAGES]
                 if not self._move(guest, ids[some], filled[some]):
                     break
+        self._punch_unread(frames[frames != _NOWHERE])
 
     def _move(self, guest: Attachment, ids: Ids, filled: NDArray[np.bool_]) -> bool:
         # One table's worth; returns whether to go on.
         if pagemap.host_available_bytes() - len(ids) * PAGE_SIZE < self._reserve_bytes:
             return False
-        frames = np.unique(self._frame[ids])
         with self._lock:
             self._phase[ids] = _IN_FLIGHT
         moved = 0
@@ -818,7 +863,6 @@ class QemuHypervisor:
             if not guest.dead:
                 self._settle(ids)
                 self._wake(guest)
-            self._punch_unread(frames[frames != _NOWHERE])
         return moved == len(ids)
 
     def release_zero_pages(self, pages: PageArray, handles: Handles) -> Statuses:
@@ -885,23 +929,24 @@ class QemuHypervisor:
     def punch_unread(self) -> int:
         """Give every frame that nobody reads back to the host; returns how many had memory."""
         return sum(
-            self._punch_unread((number << _POOL_SHIFT) + pool.backed_frames())
-            for number, pool in enumerate(self._pools)
-            if self._sees_all(pool)
+            self._punch_unread((number << _POOL_SHIFT) + books.pool.backed_frames())
+            for number, books in enumerate(self._pools)
+            if books.whole
         )
 
     def _sees_all(self, pool: FramePool) -> bool:
-        # Whether every process that may read the pool is one of ours: another run may have had more guests.
+        # Whether every process that may read the pool is a guest of ours: another run may have had more guests. It
+        # stays so: a memshr finds a pool only in a guest that it has in hand, and these are in ours.
         ours = {guest.process.pid for guest in self._guests}
         for process in find_guests():
             if process.pid in ours:
                 continue
             try:
-                attachment = process.pool_inodes()
+                if pool.inode in process.pool_inodes():
+                    return False
             except OSError:
-                continue
-            if pool.inode in attachment:
-                return False
+                if process.running:
+                    return False
         return True
 
     def unshare_guest(self, domid: DomId) -> int:
@@ -928,11 +973,13 @@ class QemuHypervisor:
                 domid=domid,
                 remedy="free memory, or end another guest first",
             )
+        frames = np.unique(self._frame[base + in_pool])
         for window in self._windows(guest, in_pool):
             entries = guest.entries(window)
             filled = (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries)) | guest.in_pool[window]
             if not self._move(guest, base + window, filled):
                 break
+        self._punch_unread(frames)
         if guest.in_pool.any():
             self._guest(domid, "unshare_guest")
             raise HostMemoryError(
@@ -1017,9 +1064,9 @@ class QemuHypervisor:
         """The frame pools of the guests."""
         _, frames = self._readers()
         found = []
-        for number, pool in enumerate(self._pools):
+        for number, books in enumerate(self._pools):
             mine = frames[frames >> _POOL_SHIFT == number]
-            found.append(PoolFigures(pool.group, len(np.unique(mine)), len(mine), pool.backed_bytes))
+            found.append(PoolFigures(books.pool.group, len(np.unique(mine)), len(mine), books.pool.backed_bytes))
         return found
 
     # -- the books -------------------------------------------------------------------------------------------------
@@ -1056,7 +1103,7 @@ class QemuHypervisor:
                 findings.append(self._finding("I3", base + page, int(believed[page]), int(mapped[page])))
             own = self._groups[guest.domid - 1]
             for number in np.unique(mapped[mapped != _NOWHERE] >> _POOL_SHIFT).tolist():
-                if self._pools[number].group != own:
+                if self._pools[number].pool.group != own:
                     page = base + int(np.flatnonzero(mapped >> _POOL_SHIFT == number)[0])
                     domid, gfn = self._place(page)
                     findings.append(
@@ -1066,7 +1113,7 @@ class QemuHypervisor:
                             gfn,
                             Mfn(int(mapped[page - base])),
                             f"frames of trust group {own}",
-                            f"frames of trust group {self._pools[number].group}",
+                            f"frames of trust group {self._pools[number].pool.group}",
                             "the group was changed while pages were shared; unshare the guest",
                         )
                     )
@@ -1095,23 +1142,24 @@ class QemuHypervisor:
         findings = []
         for start in range(0, len(frames), len(self._buffer)):
             some = frames[start : start + len(self._buffer)]
-            for number in np.unique(some >> _POOL_SHIFT).tolist():
-                mine = some[some >> _POOL_SHIFT == number]
-                contents = self._buffer[: len(mine)]
-                self._pools[number].read(mine & ((1 << _POOL_SHIFT) - 1), contents)
-                for frame, digest in zip(mine.tolist(), self._sums(contents).tolist(), strict=True):
-                    if self._frame_sum.setdefault(frame, digest) != digest:
-                        findings.append(
-                            AuditFinding(
-                                "I8",
-                                None,
-                                None,
-                                Mfn(frame),
-                                "the contents that were shared",
-                                "other contents",
-                                "somebody wrote into the frame pool, or memory is faulty",
-                            )
-                        )
+            for books, rows, numbers in self._by_pool(some):
+                contents = self._buffer[: len(rows)]
+                books.pool.read(numbers, contents)
+                sums = self._sums(contents)
+                known = books.sums[numbers]
+                books.sums[numbers] = np.where(known == 0, sums, known)
+                findings += [
+                    AuditFinding(
+                        "I8",
+                        None,
+                        None,
+                        Mfn(frame),
+                        "the contents that were shared",
+                        "other contents",
+                        "somebody wrote into the frame pool, or memory is faulty",
+                    )
+                    for frame in some[rows[(known != 0) & (known != sums)]].tolist()
+                ]
         return findings
 
     def _check_watch(self) -> None:

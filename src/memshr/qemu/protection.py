@@ -31,14 +31,17 @@ OnWrites = Callable[[int, NDArray[np.int64]], None]
 """Called with a uffd and the addresses of pages that writers wait at."""
 OnEnd = Callable[[int], None]
 """Called with a uffd whose process has ended."""
+OnFailure = Callable[[], None]
+"""Called when the thread itself fails: whoever waits must be let go in some other way."""
 
 
 class WriteWatch:
     """The thread. ``add`` and ``remove`` uffds at any time; ``close`` ends it."""
 
-    def __init__(self, on_writes: OnWrites, on_end: OnEnd) -> None:
+    def __init__(self, on_writes: OnWrites, on_end: OnEnd, on_failure: OnFailure) -> None:
         self._on_writes = on_writes
         self._on_end = on_end
+        self._on_failure = on_failure
         self._poll = select.epoll()
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll.register(self._stop, select.EPOLLIN)
@@ -68,6 +71,7 @@ class WriteWatch:
                         self._on_end(uffd)
         except BaseException as error:
             self.failure = error
+            self._on_failure()
 
     def _serve(self, uffd: int, buffer: NDArray[np.void]) -> bool:
         try:
