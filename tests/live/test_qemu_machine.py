@@ -194,6 +194,10 @@ def machine(qemu: Path) -> Iterator[type[TwoGuests]]:
 
 def test_two_guests_and_a_model_agree(machine: type[TwoGuests]) -> None:
     wanted = settings(
-        max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=25,
+        stateful_step_count=30,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
     )
     run_state_machine_as_test(machine, settings=wanted)

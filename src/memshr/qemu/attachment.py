@@ -289,17 +289,27 @@ class Attachment:
             self._pool_numbers[pool.inode] = number
         return number
 
-    def drain(self) -> None:
-        """Wait until every disk request of the guest that is under way has ended, by stopping it for a moment.
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The guest stands still, and QEMU has ended every disk request of it that was under way.
 
-        A guest that does not run has none: QEMU drains them when it stops.
+        A guest that does not run has none: QEMU ends them when it stops. Nothing may be in flight when this begins or
+        ends, because it needs QEMU's main thread.
         """
         with self.process.monitor() as monitor:
-            if monitor.execute("query-status")["running"]:
-                try:
-                    monitor.execute("stop")
-                finally:
-                    monitor.execute("cont")
+            if not monitor.execute("query-status")["running"]:
+                yield
+                return
+            try:
+                monitor.execute("stop")
+                yield
+            finally:
+                monitor.execute("cont")
+
+    def drain(self) -> None:
+        """Wait until every disk request of the guest that is under way has ended, by stopping it for a moment."""
+        with self.stopped():
+            pass
 
     def drop_session(self) -> None:
         """End the session, whatever state the guest is in: all protection ends."""
@@ -407,13 +417,13 @@ class Attachment:
     # -- remapping -------------------------------------------------------------------------------------------------
 
     def map_frames(self, pages: Pages, frames: NDArray[np.int64], pool: FramePool) -> int:
-        """Map frames of one pool over protected pages, as many tables as it takes.
+        """Map frames of one pool, which QEMU has been given, over protected pages, as many tables as it takes.
 
         :param frames: the frame (its number in the pool) of each page, shape ``(n,)``.
         :returns: how many of the pages, from the first on, were mapped; fewer than all if the host had no more
             memory or mappings.
         """
-        number = self.pool_number(pool)
+        number = self._pool_numbers[pool.inode]
         hvas = self.hvas[pages]
         new = (np.diff(hvas) != PAGE_SIZE) | (np.diff(frames) != 1)
         starts = np.concatenate([[0], np.flatnonzero(new) + 1]) if len(pages) else np.empty(0, dtype=np.int64)

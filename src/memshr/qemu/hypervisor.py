@@ -25,6 +25,7 @@ Frame numbers (mfn) are ``pool << 32 | frame`` with the pool's place in ``_pools
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -293,6 +294,12 @@ class QemuHypervisor:
             statuses[rows] = np.where(local >= 0, Status.OK, Status.EINVAL)
         return ids, statuses
 
+    def _note_end(self, guest: Attachment, error: MemshrError) -> None:
+        # A guest that has ended is left out from now on; one that lives but does not answer is the caller's to know.
+        if guest.process.running and not guest.dead:
+            raise error
+        guest.dead = True
+
     def _place(self, page: int) -> tuple[DomId, Gfn]:
         guest = self._guests[int(np.searchsorted(self._base, page, side="right")) - 1]
         return guest.domid, Gfn(int(guest.gfns_of_pages(np.array([page - self._base[guest.domid - 1]]))[0]))
@@ -530,7 +537,8 @@ class QemuHypervisor:
                 guest.protect(self._local(guest, mine))
                 if guest.must_drain:
                     guest.drain()
-            except (NoSuchDomainError, ConnectionLostError):
+            except (NoSuchDomainError, ConnectionLostError) as error:
+                self._note_end(guest, error)
                 statuses[rows[some]] = Status.ESRCH
             except HostMemoryError:
                 statuses[rows[some]] = Status.ENOMEM
@@ -590,6 +598,14 @@ class QemuHypervisor:
         apart = groups[sources.domids[rows]] != groups[clients.domids[rows]]
         statuses[rows[apart]] = Status.EXDEV
         rows = rows[~apart]
+        for domid in np.unique(sources.domids[rows]).tolist():
+            try:
+                self.control(DomId(domid), True)
+            except MemshrError:
+                statuses[rows[sources.domids[rows] == domid]] = Status.EXDEV
+        rows = rows[statuses[rows] == Status.OK]
+        for domid in np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist():
+            self._hand_over_pools(self._guests[domid - 1])
         while len(rows):
             some = rows[:BATCH_PAGES]  # all that is in flight at once
             some = some[: self._independent(source_ids[some], client_ids[some])]
@@ -684,8 +700,8 @@ class QemuHypervisor:
         for guest, rows in self._by_guest(ids):
             try:
                 guest.protect(self._local(guest, ids[rows]))
-            except (NoSuchDomainError, ConnectionLostError):
-                guest.dead = True
+            except (NoSuchDomainError, ConnectionLostError) as error:
+                self._note_end(guest, error)
         kept = self._on_frame(ids)
         self._settle(ids[~kept])
         return ids[kept]
@@ -729,6 +745,17 @@ class QemuHypervisor:
             books.sums[first : first + len(rows)] = self._sums(contents)
         return frames
 
+    def _hand_over_pools(self, guest: Attachment) -> None:
+        # Before anything is in flight: this needs QEMU's main thread, which may itself come to wait for such a page.
+        group = self._groups[guest.domid - 1]
+        self._pool_for(group)
+        for books in self._pools:
+            if books.pool.group == group and not guest.dead:
+                try:
+                    guest.pool_number(books.pool)
+                except (NoSuchDomainError, ConnectionLostError) as error:
+                    self._note_end(guest, error)
+
     def _pool_for(self, group: str) -> int:
         if group not in self._primary:
             self._pools.append(_PoolBooks(FramePool.create(group), whole=True))
@@ -751,8 +778,8 @@ class QemuHypervisor:
                 numbers = frames[some] & ((1 << _POOL_SHIFT) - 1)
                 try:
                     mapped = guest.map_frames(self._local(guest, ids[some]), numbers, books.pool)
-                except (NoSuchDomainError, ConnectionLostError):
-                    guest.dead = True
+                except (NoSuchDomainError, ConnectionLostError) as error:
+                    self._note_end(guest, error)
                     continue
                 finished = some[:mapped]
                 done[finished] = True
@@ -840,19 +867,22 @@ class QemuHypervisor:
         # One table's worth; returns whether to go on.
         if pagemap.host_available_bytes() - len(ids) * PAGE_SIZE < self._reserve_bytes:
             return False
+        # A disk request that is under way would go on writing into the page that is replaced.
+        with guest.stopped() if guest.must_drain else contextlib.nullcontext():
+            return self._move_at_once(guest, ids, filled)
+
+    def _move_at_once(self, guest: Attachment, ids: Ids, filled: NDArray[np.bool_]) -> bool:
+        local = self._local(guest, ids)
+        moved = 0
         with self._lock:
             self._phase[ids] = _IN_FLIGHT
-        moved = 0
-        local = self._local(guest, ids)
         try:
             guest.protect(local)
-            if guest.must_drain:
-                guest.drain()
             moved = guest.make_private(local, filled)
         except HostMemoryError:
             return False
-        except (NoSuchDomainError, ConnectionLostError):
-            guest.dead = True
+        except (NoSuchDomainError, ConnectionLostError) as error:
+            self._note_end(guest, error)
             return False
         finally:
             done = ids[:moved]
@@ -898,8 +928,8 @@ class QemuHypervisor:
                     self._handle[done] = 0
                 self._wake(guest)
                 released.append(done)
-        except (NoSuchDomainError, ConnectionLostError):
-            pass  # the guest's end shows in every later answer
+        except (NoSuchDomainError, ConnectionLostError) as error:
+            self._note_end(guest, error)
         finally:
             self._settle(everything)
         self._punch_unread(frames[frames != _NOWHERE])
