@@ -5,7 +5,8 @@ and memshr may die at any instant. So:
 
 * **The control area** is a memory file that we and QEMU both have mapped: a page of code, then data. ``injector``
   maps it and makes the thread, once in the life of a QEMU. The thread has all signals blocked, a stack of its own and
-  no ties to QEMU's locks. A later memshr finds the area in /proc/PID/maps and opens it through /proc/PID/map_files.
+  no ties to QEMU's locks; it is cloned with the flags of an ordinary thread, the only ones that QEMU's own sandbox lets
+  pass. A later memshr finds the area in /proc/PID/maps and opens it through /proc/PID/map_files.
 * **A session** is a Unix socket whose one end the thread holds and whose other end we hold. One byte from us: run the
   table. One byte back: done. *The end of the stream: memshr is gone*, and the thread closes everything that it had for
   us and goes to sleep until the next socket is offered. So nothing of ours stays behind, and nothing has to be cleaned
@@ -96,7 +97,7 @@ ANSWER_DEADLINE_S: Final = 10.0
 _IDLE, _POSTED, _UNDER_WAY, _DONE = 0, 1, 2, 4
 
 CODE: Final = bytes.fromhex(
-    # stub:  runs once, on the thread that we borrowed
+    # stub:  runs once, on the thread that was borrowed
     "488b3df9070000"  # mov rdi,[rip+0x7f9]
     "488b35fa070000"  # mov rsi,[rip+0x7fa]
     "4c8b05fb070000"  # mov r8,[rip+0x7fb]
@@ -107,7 +108,7 @@ CODE: Final = bytes.fromhex(
     "0f05"  # syscall
     "488b1dcc070000"  # mov rbx,[rip+0x7cc]
     "4839d8"  # cmp rax,rbx
-    "755d"  # jne leave
+    "755f"  # jne leave
     "b80e000000"  # mov eax,0xe
     "bf02000000"  # mov edi,0x2
     "488d3566080000"  # lea rsi,[rip+0x866]
@@ -115,10 +116,10 @@ CODE: Final = bytes.fromhex(
     "41ba08000000"  # mov r10d,0x8
     "0f05"  # syscall
     "b838000000"  # mov eax,0x38
-    "bf000f0500"  # mov edi,0x50f00
+    "bf000f3d00"  # mov edi,0x3d0f00
     "488db300200000"  # lea rsi,[rbx+0x2000]
-    "31d2"  # xor edx,edx
-    "4531d2"  # xor r10d,r10d
+    "488d5328"  # lea rdx,[rbx+0x28]
+    "4989d2"  # mov r10,rdx
     "4531c0"  # xor r8d,r8d
     "0f05"  # syscall
     "4885c0"  # test rax,rax
@@ -131,25 +132,25 @@ CODE: Final = bytes.fromhex(
     "41ba08000000"  # mov r10d,0x8
     "0f05"  # syscall
     # leave:  give the thread its registers back
-    "ff3584070000"  # push [rip+0x784]
+    "ff3582070000"  # push [rip+0x782]
     "9d"  # popf
-    "488b0584070000"  # mov rax,[rip+0x784]
-    "488b1d85070000"  # mov rbx,[rip+0x785]
-    "488b0d86070000"  # mov rcx,[rip+0x786]
-    "488b1587070000"  # mov rdx,[rip+0x787]
-    "488b3588070000"  # mov rsi,[rip+0x788]
-    "488b3d89070000"  # mov rdi,[rip+0x789]
-    "488b2d8a070000"  # mov rbp,[rip+0x78a]
-    "4c8b058b070000"  # mov r8,[rip+0x78b]
-    "4c8b0d8c070000"  # mov r9,[rip+0x78c]
-    "4c8b158d070000"  # mov r10,[rip+0x78d]
-    "4c8b1d8e070000"  # mov r11,[rip+0x78e]
-    "4c8b258f070000"  # mov r12,[rip+0x78f]
-    "4c8b2d90070000"  # mov r13,[rip+0x790]
-    "4c8b3591070000"  # mov r14,[rip+0x791]
-    "4c8b3d92070000"  # mov r15,[rip+0x792]
-    "488b2593070000"  # mov rsp,[rip+0x793]
-    "ff2595070000"  # jmp [rip+0x795]
+    "488b0582070000"  # mov rax,[rip+0x782]
+    "488b1d83070000"  # mov rbx,[rip+0x783]
+    "488b0d84070000"  # mov rcx,[rip+0x784]
+    "488b1585070000"  # mov rdx,[rip+0x785]
+    "488b3586070000"  # mov rsi,[rip+0x786]
+    "488b3d87070000"  # mov rdi,[rip+0x787]
+    "488b2d88070000"  # mov rbp,[rip+0x788]
+    "4c8b0589070000"  # mov r8,[rip+0x789]
+    "4c8b0d8a070000"  # mov r9,[rip+0x78a]
+    "4c8b158b070000"  # mov r10,[rip+0x78b]
+    "4c8b1d8c070000"  # mov r11,[rip+0x78c]
+    "4c8b258d070000"  # mov r12,[rip+0x78d]
+    "4c8b2d8e070000"  # mov r13,[rip+0x78e]
+    "4c8b358f070000"  # mov r14,[rip+0x78f]
+    "4c8b3d90070000"  # mov r15,[rip+0x790]
+    "488b2591070000"  # mov rsp,[rip+0x791]
+    "ff2593070000"  # jmp [rip+0x793]
     # idle:  sleep until a socket is offered
     "837b10ff"  # cmp [rbx+0x10],0xffffffff
     "7517"  # jne adopt

@@ -15,7 +15,7 @@ import itertools
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -356,7 +356,8 @@ def refusals(guest: GuestProcess, monitor: Monitor | None, layout: Sequence[RamR
     """
     found = [*host_refusals(), *_process_refusals(guest)]
     try:
-        found += mapping_refusals(parse_maps(Path(f"/proc/{guest.pid}/maps").read_text()), layout)
+        mappings = parse_maps(Path(f"/proc/{guest.pid}/maps").read_text())
+        found += mapping_refusals(mappings, layout, _on_hugetlbfs(guest.pid, mappings))
     except OSError as error:
         found.append(_unreadable(error))
     if monitor is None:
@@ -430,8 +431,27 @@ def status_refusals(status: str) -> list[Refusal]:
     return found
 
 
-def mapping_refusals(mappings: Sequence[Mapping], layout: Sequence[RamRange]) -> list[Refusal]:
-    """The reasons that show in how the guest's RAM is mapped: only private anonymous memory can be shared."""
+def _on_hugetlbfs(pid: int, mappings: Sequence[Mapping]) -> set[int]:
+    # The inodes of those mapped files whose pages are larger than pages are.
+    found = set()
+    for mapping in mappings:
+        if mapping.inode and mapping.inode not in found and mapping.writable:
+            try:
+                file = Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
+                if os.statvfs(file).f_bsize > PAGE_SIZE:
+                    found.add(mapping.inode)
+            except OSError:  # unmapped meanwhile
+                continue
+    return found
+
+
+def mapping_refusals(
+    mappings: Sequence[Mapping], layout: Sequence[RamRange], huge_inodes: Collection[int] = ()
+) -> list[Refusal]:
+    """The reasons that show in how the guest's RAM is mapped: only private anonymous memory can be shared.
+
+    :param huge_inodes: the files among the mappings that lie on hugetlbfs.
+    """
     found = []
     for ram in layout:
         covered = 0
@@ -442,7 +462,7 @@ def mapping_refusals(mappings: Sequence[Mapping], layout: Sequence[RamRange]) ->
             covered += overlap
             if group_of(mapping) is not None:
                 continue
-            if "hugepage" in mapping.path:
+            if "hugepage" in mapping.path or (mapping.inode and mapping.inode in huge_inodes):
                 found.append(
                     Refusal(
                         f"its RAM {ram.block} is of hugetlbfs", "use ordinary memory; transparent huge pages are fine"

@@ -42,7 +42,8 @@ _RESTART_BLOCK: Final = -516
 _STOP_DEADLINE_S: Final = 2.0
 _TRIES: Final = 200
 
-_CLONE_THREAD: Final = 0x50F00  # CLONE_VM|FS|FILES|SIGHAND|THREAD|SYSVSEM, as in the agent's code
+_CLONE_THREAD: Final = 0x3D0F00
+"""CLONE_VM|FS|FILES|SIGHAND|THREAD|SYSVSEM|SETTLS|PARENT_SETTID|CHILD_CLEARTID, as in the agent's code"""
 
 _AGENT_CALLS: Final[Sequence[tuple[int, tuple[int, ...]]]] = (
     (syscalls.NR_MMAP, (0, 4096, 5, syscalls.MAP_SHARED | syscalls.MAP_FIXED_NOREPLACE)),
