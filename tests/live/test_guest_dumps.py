@@ -10,6 +10,7 @@ from elftools.elf.elffile import ELFFile
 
 from guests.linux import LinuxGuest
 from guests.pages import PAGE_SIZE, Pages, count_pages
+from memshr.images import open_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,17 @@ def test_elf_and_raw_dumps_hold_the_same_pages_at_the_same_gfns(dumps: Dumps) ->
             (pages.view(np.uint64) != raw[first : first + len(pages)].view(np.uint64)).any(axis=1)
         )
         assert different.size == 0, f"gfns {first + different[:10]}"
+
+
+def test_readers_find_the_same_pages_in_the_dumps(dumps: Dumps) -> None:
+    with open_image(dumps.beta) as image:
+        gfns = np.concatenate([np.arange(extent.first_gfn, extent.end_gfn) for extent in image.extents])
+        wanted = np.concatenate([np.arange(first, first + len(pages)) for first, pages in segments(dumps.beta)])
+        np.testing.assert_array_equal(gfns, wanted)
+        assert np.array_equal(np.concatenate([extent.pages for extent in image.extents]), all_pages(dumps.beta))
+    with open_image(dumps.alpha_raw) as image:
+        (extent,) = image.extents
+        assert np.array_equal(extent.pages, np.fromfile(dumps.alpha_raw, np.uint8).reshape(-1, PAGE_SIZE))
 
 
 def test_two_guests_that_did_the_same_have_most_of_their_pages_in_common(dumps: Dumps) -> None:
