@@ -1,0 +1,724 @@
+"""A sharing session: scan, find candidates, and share them in the race-free order. Works on any mechanism.
+
+What makes this hard: guests go on writing, pages and domains vanish, and still no page may be lost from the figures,
+no two pages shared that differ, and no page be left nominated that shares with nobody. The rules:
+
+1. A trust group is worked through alone; nothing that the session holds is common to two groups (I10).
+2. Nothing is compared before it is nominated, and nothing shared but with the handles under which it was compared.
+   A page that is written in between has a dead handle, and the hypervisor refuses it.
+3. A fingerprint only suggests. Every page of a class is compared, byte for byte, with one page of it; those that
+   differ are classified anew, by `universal_fingerprints`, and get their own turn. So equal pages always meet.
+4. The client of a share is a page that this session has nominated, whose frame therefore has one gfn; or a frame of an
+   earlier session all of whose gfns are known to be in one domain. (Xen itself dies if the client's frame is mapped by
+   a third domain.) A frame of an earlier session that has gfns outside the class is left alone: they may be in
+   another trust group now.
+5. What this session nominated and could not share is taken back, whatever happens.
+
+Fresh nominations are told from old ones by their handles: a new handle is greater than any before it, and the growth
+of used_frames tells how many of the first batch were new. (With no page shared at the start, all are.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memshr.errors import DomainError, MemshrError, Status
+from memshr.hypervisor import Capability, Hypervisor, error_of
+from memshr.sharing.candidates import Classes, Rows, classify, repeated
+from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprinter, Fingerprints, universal_fingerprints
+from memshr.sharing.groups import Group
+from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, PairReport, SharingReport
+from memshr.sharing.scan import FingerprintPages, Scan, Scanner
+from memshr.types import PAGE_SIZE, DomId, DomIds, Gfn, Handles, PageArray, PageBytes, Statuses
+
+Mask = NDArray[np.bool_]
+Places = NDArray[np.intp]
+"""Indices within one batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharingOptions:
+    """How a session goes about it; none of this changes which pages are equal.
+
+    :param max_sharers: gfns that one frame takes at most; further copies get further frames. At least 2.
+    :param batch_pages: pages that are nominated, read and shared in one go; rounded up to whole frames of max_sharers.
+        While a batch is under way, writers to its pages wait on some mechanisms.
+    :param scan_pages: pages that are read and fingerprinted in one go.
+    :param sample_interval_s: seconds between the two samples of running guests.
+    :param threads: threads that fingerprint; None: one for each core.
+    """
+
+    max_sharers: int = 256
+    batch_pages: int = 1024
+    scan_pages: int = 8192
+    sample_interval_s: float = 1.0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_sharers < 2:
+            raise MemshrError(f"max_sharers is {self.max_sharers}, but sharing takes at least 2")
+        if self.batch_pages < 2 or self.scan_pages < 1:
+            raise MemshrError("batch_pages must be at least 2 and scan_pages at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a session is. ``phase`` is ``scan``, ``second sample``, ``zero pages`` or ``share``, for one group."""
+
+    group: str
+    phase: str
+    done_pages: int
+    total_pages: int
+
+
+Fingerprinting = Callable[[int], AbstractContextManager[FingerprintPages]]
+
+
+def share(
+    hypervisor: Hypervisor,
+    groups: Sequence[Group],
+    *,
+    wait: Callable[[float], None],
+    options: SharingOptions | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    fingerprinting: Fingerprinting | None = None,
+) -> SharingReport:
+    """Share the equal pages within each of ``groups``, audit the books, and report.
+
+    :param groups: no domain may be in two of them.
+    :param wait: called with seconds to wait between two samples of running guests; never called on other mechanisms.
+    :param progress: called after each batch.
+    :param fingerprinting: makes what fingerprints pages, from a group's seed; Fingerprinter unless given.
+    :raises BackendError: the host cannot go on; what was nominated and not shared has been taken back as far as the
+        host still answers.
+
+    A domain that goes away in mid-run is skipped. When the host runs out of memory the session stops, and the report
+    says so. Running it again over the same domains finds what is new.
+
+    Cost: reading all memory once, plus nominating, comparing and sharing the candidates. Memory: 18 bytes a page of the
+    group that is under way and at most 42 more for each candidate, beside two buffers.
+    """
+    options = options or SharingOptions()
+    fingerprinting = fingerprinting or partial(Fingerprinter, threads=options.threads)
+    books: list[_DomainBooks] = []
+    tallies: list[_Tally] = []
+    stopped: str | None = None
+    for group in groups:
+        with fingerprinting(group.seed) as fingerprint_pages:
+            session = _GroupSession(hypervisor, group, options, fingerprint_pages, wait, progress, stopped)
+            tallies.append(session.run())
+        books.extend(session.books.values())
+        stopped = session.stopped
+    return _report(hypervisor, books, tallies, stopped)
+
+
+@dataclass(slots=True)
+class _DomainBooks:
+    # One domain's figures while the session runs.
+    domid: DomId
+    group: str
+    name: str = ""
+    total_pages: int = 0
+    absent_pages: int = 0
+    zero_pages: int = 0
+    shared_pages: int = 0
+    intra_pages: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    gone: bool = False
+
+    def rest(self) -> int:
+        """The pages that are in no figure yet."""
+        return self.total_pages - self.absent_pages - self.zero_pages - self.shared_pages - self.dropped.total()
+
+
+@dataclass(slots=True)
+class _Tally:
+    # One group's figures that are of no single domain.
+    inter_pages: int = 0
+    saved_pages: int = 0
+    collisions: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+    pairs: list[PairReport] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Nominated:
+    # The pages of a batch that could be nominated. ``places`` says which pages of the batch they are.
+    pages: PageArray
+    handles: Handles
+    fresh: Mask
+    places: Places
+
+    def __getitem__(self, mask: Mask) -> _Nominated:
+        return _Nominated(self.pages[mask], self.handles[mask], self.fresh[mask], self.places[mask])
+
+
+@dataclass(slots=True)
+class _Reference:
+    # The contents with which the pages of one class are compared, carried from batch to batch.
+    content: int
+    page: NDArray[np.uint64]
+
+
+# What became of a candidate: its content number, or one of these.
+_NOT_REACHED = -1
+_OUT = -2
+
+_REASONS = {
+    Status.EINVAL: "not_sharable",
+    Status.E2BIG: "busy",
+    Status.ENOMEM: "no_memory",
+    Status.ESRCH: "domain_gone",
+    Status.S_HANDLE_INVALID: "written",
+    Status.C_HANDLE_INVALID: "written",
+}
+_SHARE_REASONS = _REASONS | {Status.EINVAL: "refused"}
+
+
+class _GroupSession:
+    """One trust group, from its scan to its figures."""
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        group: Group,
+        options: SharingOptions,
+        fingerprint_pages: FingerprintPages,
+        wait: Callable[[float], None],
+        progress: Callable[[Progress], None],
+        stopped: str | None,
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._group = group
+        self._options = options
+        self._fingerprint_pages = fingerprint_pages
+        self._wait = wait
+        self._progress = progress
+        self.stopped = stopped
+        self.books = {domid: _DomainBooks(domid, group.name) for domid in group.domids}
+        self._tally = _Tally()
+        self._batch_pages = -(-options.batch_pages // options.max_sharers) * options.max_sharers
+        self._buffer: PageBytes = np.empty((self._batch_pages, PAGE_SIZE), dtype=np.uint8)
+        self._oldest_fresh: int | None = None
+        # First every page that was scanned, with its fingerprint; then the candidates only, in order of their classes,
+        # with what became of each and the handle that its frame had last.
+        self._pages = PageArray.empty()
+        self._fingerprints: Fingerprints = np.empty(0, np.uint64)
+        self._contents: Classes = np.empty(0, np.int64)
+        self._frames: Handles = np.empty(0, np.uint64)
+        self._zero_content: int | None = None
+
+    def run(self) -> _Tally:
+        """Scan, share and count. If the host runs out of memory, ``stopped`` says so and the rest is counted."""
+        populated = self._survey()
+        if self.stopped is None:
+            self._scan(populated)
+            if Capability.LIVE in self._hypervisor.capabilities:
+                self._sample_again()
+            self._take_zeros()
+        reached = self.stopped is None
+        if reached:
+            self._share()
+            self._count_candidates()
+        for books in self.books.values():
+            if books.gone:
+                books.absent_pages = books.zero_pages = 0
+                books.dropped = Counter(domain_gone=books.total_pages)
+            elif not reached:
+                books.dropped["no_memory"] += books.rest()
+        self._tally.saved_pages += sum(books.zero_pages for books in self.books.values())
+        return self._tally
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def _survey(self) -> dict[DomId, NDArray[np.int64]]:
+        # The populated ranges of every domain that is there.
+        populated = {}
+        shr_pages = 0
+        for domid, books in self.books.items():
+            try:
+                info = self._hypervisor.domain_info(domid)
+                books.name = info.name
+                shr_pages += info.shr_pages
+                populated[domid] = self._hypervisor.populated_ranges(domid)
+                books.total_pages = int(populated[domid][:, 1].sum())
+            except DomainError:
+                books.gone = True
+        if not shr_pages:
+            self._oldest_fresh = 0
+        return populated
+
+    def _scan(self, populated: dict[DomId, NDArray[np.int64]]) -> None:
+        # Every backed page of the group, by domain and gfn.
+        scanner = Scanner(self._hypervisor, self._fingerprint_pages, self._options.scan_pages)
+        advance = self._advancing("scan", sum(books.total_pages for books in self.books.values()))
+        found = []
+        for domid in sorted(populated):
+            books = self.books[domid]
+            try:
+                gfns = scanner.backed_gfns(domid, populated[domid])
+                books.absent_pages = books.total_pages - len(gfns)
+                advance(books.absent_pages)
+                scan = scanner.scan(domid, gfns, advance)
+            except DomainError:
+                books.gone = True
+                continue
+            books.dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
+            found.append(_pages_of(domid, scan, scan.readable))
+        self._pages, self._fingerprints = _joined(found)
+
+    def _sample_again(self) -> None:
+        # Only pages that could be shared or released are worth a second look. What has changed is dropped.
+        again = repeated(self._fingerprints) | (self._fingerprints == ZERO_PAGE_FINGERPRINT)
+        pages, fingerprints = self._pages[again], self._fingerprints[again]
+        if len(pages):
+            self._wait(self._options.sample_interval_s)
+        scanner = Scanner(self._hypervisor, self._fingerprint_pages, self._options.scan_pages)
+        advance = self._advancing("second sample", len(pages))
+        found = []
+        for domid in np.unique(pages.domids).tolist():
+            ours = pages.domids == domid
+            try:
+                scan = scanner.scan(domid, pages.gfns[ours], advance)
+            except DomainError:
+                self.books[domid].gone = True
+                continue
+            steady = scan.readable & (scan.fingerprints == fingerprints[ours])
+            self.books[domid].dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
+            self.books[domid].dropped["volatile"] += int(np.count_nonzero(scan.readable & ~steady))
+            found.append(_pages_of(domid, scan, steady))
+        self._pages, self._fingerprints = _joined(found)
+
+    def _advancing(self, phase: str, total_pages: int) -> Callable[[int], None]:
+        done_pages = 0
+
+        def advance(pages: int) -> None:
+            nonlocal done_pages
+            done_pages += pages
+            self._progress(Progress(self._group.name, phase, done_pages, total_pages))
+
+        return advance
+
+    # -- the steps that every page takes -----------------------------------------------------------------------------
+
+    def _nominate(self, pages: PageArray) -> _Nominated:
+        used_before = self._hypervisor.counters().used_frames
+        handles, statuses = self._hypervisor.nominate_gfns(pages)
+        new_frames = self._hypervisor.counters().used_frames - used_before
+        good = statuses == Status.OK
+        handles = handles[good]
+        if self._oldest_fresh is None and new_frames > 0 and len(handles):
+            self._oldest_fresh = int(np.unique(handles)[-new_frames:][0])
+        fresh = np.zeros(len(handles), np.bool_) if self._oldest_fresh is None else handles >= self._oldest_fresh
+        self._drop_by_status(pages, statuses, _REASONS)
+        return _Nominated(pages[good], handles, fresh, np.flatnonzero(good))
+
+    def _read(self, nominated: _Nominated) -> tuple[_Nominated, NDArray[np.uint64]]:
+        # The contents of nominated pages; those that cannot be read any more have dropped out.
+        statuses = self._hypervisor.read_pages(nominated.pages, self._buffer)
+        words: NDArray[np.uint64] = self._buffer[: len(statuses)].view(np.uint64)
+        good = statuses == Status.OK
+        if good.all():
+            return nominated, words
+        self._drop_by_status(nominated.pages, statuses, _REASONS)
+        self._unshare(nominated.pages[nominated.fresh & ~good])
+        return nominated[good], words[good]
+
+    def _drop(self, reason: str, pages: PageArray) -> None:
+        domids, counts = np.unique(pages.domids, return_counts=True)
+        for domid, count in zip(domids.tolist(), counts.tolist(), strict=True):
+            self.books[domid].dropped[reason] += count
+            if reason == "domain_gone":
+                self.books[domid].gone = True
+
+    def _drop_by_status(self, pages: PageArray, statuses: Statuses, reasons: Mapping[Status, str]) -> None:
+        failed = statuses != Status.OK
+        if not failed.any():
+            return
+        for status in np.unique(statuses[failed]).tolist():
+            affected = pages[statuses == status]
+            self._drop(reasons.get(status, "refused"), affected)
+            if status == Status.ENOMEM:
+                domid, gfn = int(affected.domids[0]), int(affected.gfns[0])
+                self.stopped = str(error_of("sharing", status, domid=domid, gfn=gfn))
+
+    def _unshare(self, pages: PageArray) -> None:
+        # A page that cannot be unshared is gone or private already: the last sharer of a frame needs no memory.
+        if len(pages):
+            self._hypervisor.unshare_gfns(pages)
+
+    def _take_back(self, nominated: _Nominated) -> None:
+        # After an exception: whatever went wrong, try to leave nothing nominated; the exception is what matters.
+        with suppress(MemshrError):
+            self._unshare(nominated.pages[nominated.fresh])
+
+    # -- zero pages --------------------------------------------------------------------------------------------------
+
+    def _take_zeros(self) -> None:
+        # Zero pages need no frame, where the mechanism can do without; elsewhere they share one like other pages.
+        zero = self._fingerprints == ZERO_PAGE_FINGERPRINT
+        if Capability.ZERO in self._hypervisor.capabilities:
+            zeros = self._pages[zero]
+            self._pages, self._fingerprints = self._pages[~zero], self._fingerprints[~zero]
+            self._release_zeros(zeros)
+        elif np.count_nonzero(zero) == 1:  # no partner: no candidate, but a zero page that keeps its frame
+            self.books[DomId(int(self._pages[zero].domids[0]))].zero_pages += 1
+            self._tally.kept["zero_frames"] += 1
+            self._tally.saved_pages -= 1
+
+    def _release_zeros(self, pages: PageArray) -> None:
+        advance = self._advancing("zero pages", len(pages))
+        for first in range(0, len(pages), self._batch_pages):
+            batch = pages[first : first + self._batch_pages]
+            nominated = self._nominate(batch)
+            try:
+                self._release_nominated(nominated)
+            except BaseException:
+                self._take_back(nominated)
+                raise
+            advance(len(batch))
+            if self.stopped is not None:
+                return
+
+    def _release_nominated(self, nominated: _Nominated) -> None:
+        nominated, words = self._read(nominated)
+        zero = np.maximum.reduce(words, axis=1) == 0
+        statuses = np.full(len(zero), Status.C_HANDLE_INVALID, np.int32)
+        statuses[zero] = self._hypervisor.release_zero_pages(nominated.pages[zero], nominated.handles[zero])
+        released = statuses == Status.OK
+        self._drop_by_status(nominated.pages, statuses, _REASONS)
+        self._unshare(nominated.pages[nominated.fresh & ~released])
+        domids, counts = np.unique(nominated.pages.domids[released], return_counts=True)
+        for domid, count in zip(domids.tolist(), counts.tolist(), strict=True):
+            self.books[domid].zero_pages += count
+
+    # -- pages with contents -----------------------------------------------------------------------------------------
+
+    def _share(self) -> None:
+        candidates = classify(self._fingerprints)
+        rows, classes = np.arange(len(candidates)), candidates.classes
+        if len(rows) and self._fingerprints[candidates.rows[0]] == ZERO_PAGE_FINGERPRINT:
+            self._zero_content = 0  # 0 is the lowest fingerprint, so zero pages are the first class
+        self._pages, self._fingerprints = self._pages[candidates.rows], self._fingerprints[:0].copy()
+        self._contents = np.full(len(rows), _NOT_REACHED, np.int64)
+        self._frames = np.zeros(len(rows), np.uint64)
+        del candidates
+        advance = self._advancing("share", len(rows))
+        reference = _Reference(0 if self._zero_content == 0 else -1, np.zeros(PAGE_SIZE // 8, np.uint64))
+        attempt = 0
+        while len(rows):
+            attempt += 1
+            deferred_rows, deferred_fingerprints = [rows[:0]], [np.empty(0, np.uint64)]
+            for first, end in _batches(classes, self._batch_pages):
+                differ = self._share_batch(rows[first:end], classes[first:end], reference, self._group.seed + attempt)
+                deferred_rows.append(differ[0])
+                deferred_fingerprints.append(differ[1])
+                advance(end - first if attempt == 1 else 0)
+                if self.stopped is not None:
+                    return
+            rows = np.concatenate(deferred_rows)
+            again = classify(np.concatenate(deferred_fingerprints))
+            self._tally.collisions += len(rows)
+            self._contents[rows] = _OUT
+            rows, classes = rows[again.rows], again.classes + (classes[-1] + 1)
+            self._contents[rows] = _NOT_REACHED
+
+    def _share_batch(self, rows: Rows, classes: Classes, reference: _Reference, seed: int) -> tuple[Rows, Fingerprints]:
+        # One batch from nominate to share. Returns the rows whose contents are not those of their class, not shared
+        # and not nominated any more, with fingerprints by which to find them partners.
+        nominated = self._nominate(self._pages[rows])
+        try:
+            self._contents[rows] = _OUT
+            readable, words = self._read(nominated)
+            rows, classes = rows[readable.places], classes[readable.places]
+            equal = _equal_to_reference(words, classes, reference)
+            differing = rows[~equal]
+            fingerprints = universal_fingerprints(words[~equal].view(np.uint8), seed)
+            self._contents[differing] = _NOT_REACHED
+            self._unshare(readable.pages[readable.fresh & ~equal])
+            if not equal.all():
+                readable, rows, classes = readable[equal], rows[equal], classes[equal]
+            frames, kept = self._share_nominated(readable, classes)
+        except BaseException:
+            self._take_back(nominated)
+            raise
+        self._contents[rows[kept]] = classes[kept]
+        self._frames[rows[kept]] = frames[kept]
+        return differing, fingerprints
+
+    def _share_nominated(self, batch: _Nominated, classes: Classes) -> tuple[Handles, Mask]:
+        # Share pages that have been compared. Returns the handle of each page's frame, and which pages still hold
+        # what was compared; those that share with nobody have been taken back.
+        pages, frames = batch.pages, batch.handles.copy()
+        kept = np.ones(len(frames), np.bool_)
+        leaders = self._plan(batch, classes)
+        clients = np.flatnonzero(leaders != np.arange(len(leaders)))
+        while len(clients):
+            sources = leaders[clients]
+            statuses = self._hypervisor.share_gfns_many(
+                pages[sources], frames[sources], pages[clients], frames[clients]
+            )
+            shared = statuses == Status.OK
+            frames = _replaced(frames, frames[clients[shared]], frames[sources[shared]])
+            lost = statuses == Status.S_HANDLE_INVALID
+            if (statuses == Status.ESRCH).any():
+                lost |= (statuses == Status.ESRCH) & np.isin(pages.domids[sources], self._gone_domids(pages))
+            failed = ~shared & ~lost
+            kept[clients[failed]] = False
+            self._drop_by_status(pages[clients[failed]], statuses[failed], _SHARE_REASONS)
+            clients = self._elect(clients[lost], leaders, frames, kept, pages)
+        _, frame_of, sharers = np.unique(frames, return_inverse=True, return_counts=True)
+        sharers -= np.bincount(frame_of[~kept], minlength=len(sharers))
+        self._unshare(pages[batch.fresh & (~kept | (sharers[frame_of] == 1))])
+        return frames, kept
+
+    def _elect(self, clients: Places, leaders: Places, frames: Handles, kept: Mask, pages: PageArray) -> Places:
+        # The leaders of these clients were written: put another page of the same frame in their place, or, if none
+        # is left, the first client. Cost: a pass over the batch for each written leader.
+        lost = np.unique(leaders[clients])
+        kept[lost] = False
+        self._drop("written", pages[lost])
+        for leader in lost.tolist():
+            waiting = clients[leaders[clients] == leader]
+            fellows = np.flatnonzero(kept & (frames == frames[leader]))
+            leaders[waiting] = fellows[0] if len(fellows) else waiting[0]
+        remaining: Places = clients[leaders[clients] != clients]
+        return remaining
+
+    def _gone_domids(self, pages: PageArray) -> list[int]:
+        gone = []
+        for domid in np.unique(pages.domids).tolist():
+            try:
+                self._hypervisor.domain_info(domid)
+            except DomainError:
+                self.books[domid].gone = True
+                gone.append(domid)
+        return gone
+
+    # -- who goes onto whose frame -----------------------------------------------------------------------------------
+
+    def _plan(self, batch: _Nominated, classes: Classes) -> Places:
+        # For each page the page onto whose frame it goes, or itself if it stays where it is.
+        places = np.arange(len(classes))
+        limit = self._options.max_sharers
+        if batch.fresh.all():
+            first = np.maximum.accumulate(np.where(_starts(classes), places, 0))
+            return places - (places - first) % limit
+        # Frames of earlier sessions are among them: plan with frames. ``first`` is a page of each.
+        _, first, frame_of, size = np.unique(batch.handles, return_index=True, return_inverse=True, return_counts=True)
+        domids = batch.pages.domids
+        strangers = domids != domids[first[frame_of]]
+        several = np.bincount(frame_of[strangers], minlength=len(first)) > 0
+        fresh = batch.fresh[first]
+        class_ = classes[first] - classes[0]
+        usable = fresh | (size < limit)
+        usable &= np.bincount(class_[usable], minlength=int(class_.max()) + 1)[class_] > 1
+        for frame in np.flatnonzero(usable & ~fresh).tolist():
+            usable[frame] = self._sharers(batch.pages, int(first[frame])) == size[frame]
+        frames = np.flatnonzero(usable)
+        # Frames of several domains cannot be clients, so they come first and lead; then the larger before the smaller.
+        frames = frames[np.lexsort((first[frames], -size[frames], ~several[frames], fresh[frames], class_[frames]))]
+        starts = _starts(class_[frames])
+        end = np.cumsum(size[frames])
+        end -= np.maximum.accumulate(np.where(starts, end - size[frames], 0))
+        bin_ = (end - size[frames]) // limit
+        leads = starts | np.concatenate([[True], bin_[1:] != bin_[:-1]])[: len(starts)]
+        leader = np.maximum.accumulate(np.where(leads, np.arange(len(frames)), 0))
+        moves = ~leads & ~several[frames] & (end <= (bin_ + 1) * limit)
+        places[first[frames[moves]]] = first[frames[leader[moves]]]
+        return places
+
+    def _sharers(self, pages: PageArray, place: int) -> int:
+        try:
+            return self._hypervisor.debug_gfn(DomId(int(pages.domids[place])), Gfn(int(pages.gfns[place])))
+        except MemshrError:  # written or gone since it was nominated: it leads nobody
+            return 0
+
+    # -- the figures -------------------------------------------------------------------------------------------------
+
+    def _count_candidates(self) -> None:
+        gone = [domid for domid, books in self.books.items() if books.gone]
+        if gone:
+            self._contents[np.isin(self._pages.domids, gone)] = _OUT
+        self._drop("no_memory", self._pages[self._contents == _NOT_REACHED])
+        kept = self._contents >= 0
+        contents, frames = self._contents[kept], self._frames[kept]
+        if not len(contents):
+            self._tally.pairs = self._pairs(self._pages.domids[:0], contents, contents)
+            return
+        # One row for each content of each domain; contents are numbered anew, without gaps.
+        keys, copies = np.unique(contents << _DOMID_BITS | self._pages.domids[kept], return_counts=True)
+        domids = (keys & ((1 << _DOMID_BITS) - 1)).astype(np.uint16)
+        keys >>= _DOMID_BITS
+        content = np.cumsum(_starts(keys)) - 1
+        total_copies = np.bincount(content, copies).astype(np.int64)
+        _, one_of_frame = np.unique(frames, return_index=True)
+        frame_contents = np.sort(contents[one_of_frame])
+        total_frames = np.bincount(np.cumsum(_starts(frame_contents)) - 1)
+        zero = np.zeros(len(total_copies), np.bool_)
+        zero[0] = self._zero_content == keys[0]
+
+        shared = (total_copies > 1) & ~zero
+        for domid, books in self.books.items():
+            ours = domids == domid
+            ours_shared = ours & shared[content]
+            books.zero_pages += int(copies[ours & zero[content]].sum())
+            books.shared_pages = int(copies[ours_shared].sum())
+            books.intra_pages = books.shared_pages - int(np.count_nonzero(ours_shared))
+        self._tally.inter_pages = int(np.count_nonzero(shared[content]) - np.count_nonzero(shared))
+        self._tally.saved_pages += int(total_copies[~zero].sum() - total_frames.sum())
+        needed = np.minimum(-(-total_copies // self._options.max_sharers), total_frames)
+        self._tally.kept["zero_frames"] += int(total_frames[zero].sum())
+        self._tally.kept["max_sharers"] += int((needed - 1)[~zero].sum())
+        self._tally.kept["separate_frames"] += int((total_frames - needed)[~zero].sum())
+        relevant = shared[content]
+        self._tally.pairs = self._pairs(domids[relevant], content[relevant], copies[relevant])
+
+    def _pairs(self, domids: DomIds, contents: Classes, copies: NDArray[np.int64]) -> list[PairReport]:
+        # ``contents`` is ascending. A matrix of contents x domains, a slab of rows at a time.
+        ordered = sorted(self._group.domids)
+        column = np.searchsorted(ordered, domids)
+        common = np.zeros((len(ordered), len(ordered)))
+        held = np.zeros_like(common)
+        row = np.cumsum(_starts(contents)) - 1
+        height = max(1, _SLAB_CELLS // max(1, len(ordered)))
+        for first in range(0, int(row[-1]) + 1 if len(row) else 0, height):
+            here = slice(*np.searchsorted(row, [first, first + height]))
+            slab = np.zeros((height, len(ordered)))
+            slab[row[here] - first, column[here]] = copies[here]
+            present = (slab > 0).astype(np.float64)
+            common += present.T @ present
+            held += slab.T @ present
+        return [
+            PairReport(
+                (ordered[a], ordered[b]),
+                (self.books[ordered[a]].name, self.books[ordered[b]].name),
+                self._group.name,
+                int(common[a, b]),
+                int(held[a, b] + held[b, a]),
+            )
+            for a, b in combinations(range(len(ordered)), 2)
+        ]
+
+
+_DOMID_BITS = 16
+_SLAB_CELLS = 1 << 22
+
+
+def _pages_of(domid: DomId, scan: Scan, which: Mask) -> tuple[PageArray, Fingerprints]:
+    chosen = slice(None) if which.all() else which
+    return PageArray.of_domain(domid, scan.gfns[chosen]), scan.fingerprints[chosen]
+
+
+def _joined(found: list[tuple[PageArray, Fingerprints]]) -> tuple[PageArray, Fingerprints]:
+    if len(found) == 1:
+        return found[0]
+    domids = [pages.domids for pages, _ in found] or [np.empty(0, np.uint16)]
+    gfns = [pages.gfns for pages, _ in found] or [np.empty(0, np.int64)]
+    fingerprints = [part for _, part in found] or [np.empty(0, np.uint64)]
+    return PageArray(np.concatenate(domids), np.concatenate(gfns)), np.concatenate(fingerprints)
+
+
+def _starts(numbers: NDArray[np.int64]) -> Mask:
+    # Where a new number begins in an array of runs.
+    starts = np.ones(len(numbers), np.bool_)
+    starts[1:] = numbers[1:] != numbers[:-1]
+    return starts
+
+
+def _batches(classes: Classes, batch_pages: int) -> Iterator[tuple[int, int]]:
+    # Slices of at most batch_pages rows that end where a class ends; only a class that is larger is cut.
+    first, count = 0, len(classes)
+    while first < count:
+        end = min(first + batch_pages, count)
+        if end < count and classes[end] == classes[end - 1] and classes[end - 1] != classes[first]:
+            end = first + int(np.searchsorted(classes[first:end], classes[end - 1]))
+        yield first, end
+        first = end
+
+
+def _equal_to_reference(words: NDArray[np.uint64], classes: Classes, reference: _Reference) -> Mask:
+    # Which pages hold what the first page of their class holds (or the reference, for the class that it is of). The
+    # reference becomes that of the last class. Neighbours are compared first: if all are equal, nothing is copied.
+    count = len(classes)
+    equal = np.ones(count, np.bool_)
+    if not count:
+        return equal
+    starts = _starts(classes)
+    equal[1:] = (words[1:] == words[:-1]).all(axis=1)
+    equal |= starts
+    continued = classes[0] == reference.content
+    if continued:
+        equal[0] = (words[0] == reference.page).all()
+    first = np.maximum.accumulate(np.where(starts, np.arange(count), 0))
+    if not equal.all():
+        (suspects,) = np.nonzero(np.isin(classes, classes[~equal]))
+        expected = words[first[suspects]]
+        if continued:
+            expected[classes[suspects] == reference.content] = reference.page
+        equal[suspects] = (words[suspects] == expected).all(axis=1)
+    if not (continued and classes[-1] == reference.content):
+        reference.content, reference.page = int(classes[-1]), words[first[-1]].copy()
+    return equal
+
+
+def _replaced(values: Handles, old: Handles, new: Handles) -> Handles:
+    # ``values`` with each of ``old`` replaced by its ``new``.
+    if not len(old):
+        return values
+    order = np.argsort(old)
+    found = np.minimum(np.searchsorted(old, values, sorter=order), len(old) - 1)
+    replacements: Handles = np.where(old[order[found]] == values, new[order[found]], values)
+    return replacements
+
+
+def _report(
+    hypervisor: Hypervisor, books: Sequence[_DomainBooks], tallies: Sequence[_Tally], stopped: str | None
+) -> SharingReport:
+    dropped: Counter[str] = Counter()
+    for counted in [*(domain.dropped for domain in books), *(tally.kept for tally in tallies)]:
+        dropped.update(counted)
+    domains = tuple(
+        DomainReport(
+            domain.domid,
+            domain.name,
+            domain.group,
+            domain.total_pages,
+            domain.absent_pages,
+            domain.zero_pages,
+            domain.rest(),
+            domain.shared_pages,
+            domain.intra_pages,
+            _in_order(domain.dropped),
+        )
+        for domain in books
+    )
+    return SharingReport(
+        total_pages=sum(domain.total_pages for domain in domains),
+        absent_pages=sum(domain.absent_pages for domain in domains),
+        zero_pages=sum(domain.zero_pages for domain in domains),
+        unique_pages=sum(domain.unique_pages for domain in domains),
+        shared_pages=sum(domain.shared_pages for domain in domains),
+        intra_pages=sum(domain.intra_pages for domain in domains),
+        inter_pages=sum(tally.inter_pages for tally in tallies),
+        saved_pages=sum(tally.saved_pages for tally in tallies),
+        counters=hypervisor.counters(),
+        audit_findings=hypervisor.audit().findings,
+        domains=domains,
+        pairs=tuple(pair for tally in tallies for pair in tally.pairs),
+        dropped=_in_order(dropped),
+        collisions=sum(tally.collisions for tally in tallies),
+        stopped=stopped,
+    )
+
+
+def _in_order(dropped: Counter[str]) -> dict[str, int]:
+    return {reason: dropped[reason] for reason in (*REASONS_TO_DROP, *REASONS_TO_KEEP) if dropped[reason]}

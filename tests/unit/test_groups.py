@@ -1,0 +1,74 @@
+"""Trust groups: what an operator writes, and the one clear line when it makes no sense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+
+import pytest
+
+from memshr.sharing.groups import Group, GroupError, trust_groups
+from memshr.types import DomainInfo, DomId
+
+DOMAINS = [DomainInfo(DomId(i), name, 10, 0, 10) for i, name in enumerate(["web", "db", "mail", "7"], start=1)]
+
+
+def groups(*specs: str, domains: Sequence[DomainInfo] = DOMAINS) -> list[Group]:
+    return trust_groups(domains, specs, count(100).__next__)
+
+
+def names_and_domids(found: list[Group]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(group.name, tuple(group.domids)) for group in found]
+
+
+def test_each_domain_is_a_group_of_its_own_by_default() -> None:
+    assert names_and_domids(groups()) == [("web", (1,)), ("db", (2,)), ("mail", (3,)), ("7", (4,))]
+
+
+def test_domains_are_named_by_name_or_domid_and_the_rest_stays_alone() -> None:
+    assert names_and_domids(groups("front = web , 3")) == [("front", (1, 3)), ("db", (2,)), ("7", (4,))]
+
+
+def test_a_name_goes_before_a_domid() -> None:
+    seven = [*DOMAINS, DomainInfo(DomId(7), "other", 10, 0, 10)]
+    assert names_and_domids(groups("g=7", domains=seven))[0] == ("g", (4,))
+
+
+def test_all_puts_every_domain_into_one_group() -> None:
+    assert names_and_domids(groups("all")) == [("all", (1, 2, 3, 4))]
+    assert groups("all", domains=[]) == []
+
+
+def test_each_group_has_a_seed_of_its_own_and_does_not_show_it() -> None:
+    found = groups("a=web,db")
+    assert len({group.seed for group in found}) == len(found)
+    assert "100" not in repr(found[0])
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["web,db"], "group 'web,db' has no name; write NAME=DOMAIN,DOMAIN... or 'all'"),
+        (["=web"], "group '=web' has no name"),
+        (["a="], "group 'a' has no domains; write a=DOMAIN,DOMAIN..."),
+        (["a=,"], "group 'a' has no domains"),
+        (["a=web,nobody"], "group 'a' names the domain 'nobody', which is not here; there are: web, db, mail, 7"),
+        (["a=web", "b=db,web"], "domain 'web' is in group 'a' and again in group 'b'"),
+        (["a=web,1"], "domain 'web' is twice in group 'a'"),
+        (["a=web", "a=db"], "there are two groups of the name 'a'"),
+        (["all", "a=web"], "group 'all' takes every domain, so there can be no other group"),
+    ],
+)
+def test_what_makes_no_sense_is_said_in_one_line(specs: list[str], message: str) -> None:
+    with pytest.raises(GroupError) as caught:
+        groups(*specs)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_two_domains_of_one_name_need_their_domids() -> None:
+    twins = [DomainInfo(DomId(i), "twin", 10, 0, 10) for i in (5, 6)]
+    with pytest.raises(GroupError, match="several domains have the name 'twin'; use a domid: 5, 6"):
+        groups("g=twin", domains=twins)
+    assert names_and_domids(groups("g=5,6", domains=twins)) == [("g", (5, 6))]
