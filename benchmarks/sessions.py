@@ -15,14 +15,21 @@ from memshr.sharing.groups import trust_groups
 from memshr.sharing.session import Progress, share
 from memshr.types import PAGE_SIZE, Extent, Gfn, PageBytes
 
+ROUNDS = 4
+
 
 def cost() -> None:
     """Two domains with half of their contents in common, in another order; a quarter of each is zero pages."""
     rows = []
     for gib in SIZES_GIB:
         images = _two_images(int(gib * GIB_PAGES) // 2)
-        (sum_s,) = best_times_s(lambda images=images: [image.view(np.uint64).sum() for image in images])  # type: ignore[misc]
-        phases = _session(images)
+        sum_s = float("inf")
+        phases: dict[str, float] = {}
+        for _ in range(ROUNDS):
+            sum_s = min(sum_s, *best_times_s(lambda images=images: _read(images), rounds=1))  # type: ignore[misc]
+            for phase, seconds in _session(images).items():
+                phases[phase] = min(seconds, phases.get(phase, seconds))
+        whole_s = sum(phases.values())
         tracemalloc.start()
         _session(images)
         _, peak_bytes = tracemalloc.get_traced_memory()
@@ -31,8 +38,8 @@ def cost() -> None:
         rows.append(
             [
                 f"{gib:g} GiB",
-                f"{phases.total() / gib:.2f}",
-                f"{phases.total() / sum_s:.1f}",
+                f"{whole_s / gib:.2f}",
+                f"{whole_s / sum_s:.1f}",
                 f"{phases['scan'] / sum_s:.1f}",
                 f"{pages / 4 / phases['zero pages']:,.0f}",
                 f"{pages / 2 / phases['share']:,.0f}",
@@ -43,6 +50,11 @@ def cost() -> None:
     print_table(
         "session: time beside numpy.sum over the same memory, on one thread; the host's books included", head, rows
     )
+
+
+def _read(images: list[PageBytes]) -> None:
+    for image in images:
+        image.view(np.uint64).sum()
 
 
 def _session(images: list[PageBytes]) -> Counter[str]:
