@@ -476,7 +476,10 @@ class _GroupSession:
             failed = ~shared & ~lost
             kept[clients[failed]] = False
             self._drop_by_status(pages[clients[failed]], statuses[failed], _SHARE_REASONS)
-            clients = self._elect(clients[lost], leaders, frames, kept, pages)
+            clients = clients[lost]
+            if len(clients):
+                clients = self._elect(clients, leaders, frames, kept, pages)
+        # Whoever is alone on a fresh frame shares with nobody, and whoever is not kept may still be nominated.
         _, frame_of, sharers = np.unique(frames, return_inverse=True, return_counts=True)
         sharers -= np.bincount(frame_of[~kept], minlength=len(sharers))
         self._unshare(pages[batch.fresh & (~kept | (sharers[frame_of] == 1))])
