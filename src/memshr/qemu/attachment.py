@@ -323,13 +323,22 @@ class Attachment:
 
     def detach(self) -> None:
         """Take the agent out of QEMU: thread, mappings, descriptors. No page may be on a frame any more."""
-        session = self.working_session()
-        assert self._control is not None
-        control, self._control, self.session = self._control, None, None
+        pid, name = self.process.pid, self.process.name
+        session, self.session = self.working_session(), None
+        control, self._control = self._control, None
         self._pool_numbers.clear()
-        session.end_agent(self.process.pid)
-        agent.uninstall(self.process.pid, control)
-        control.close()
+        session.end_agent(pid)
+        if control is not None:
+            control.close()
+        for each in ControlArea.find_all(pid):
+            try:
+                (tid,) = each.get(agent.TID_AT, "<i")
+                if tid and Path(f"/proc/{pid}/task/{tid}").exists():
+                    with self.process.monitor() as monitor:
+                        Session.open(pid, self.pidfd, name, each, monitor).end_agent(pid)
+                agent.uninstall(pid, each)
+            finally:
+                each.close()
 
     def close(self) -> None:
         """End the session and close every file; the agent stays, asleep."""
