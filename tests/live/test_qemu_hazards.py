@@ -426,3 +426,36 @@ def test_no_writer_waits_for_a_child_of_a_dead_memshr(qtest_pair: tuple[QtestGue
         assert qtest_pair[0].read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(3)
     finally:
         os.kill(int(done.stdout), signal.SIGKILL)
+
+
+def test_protection_outlives_memshr_until_its_last_table_is_done(qtest_pair: tuple[QtestGuest, QtestGuest]) -> None:
+    """memshr dies with a table under way: a write in between must wait for the remap, or it would be lost under it."""
+    guest = qtest_pair[0]
+    fill(guest, page(4))
+    program = (
+        "import os, signal, sys\n"
+        "import numpy as np\n"
+        "from memshr.qemu import agent\n"
+        "from memshr.qemu.guests import inspect_process\n"
+        "from memshr.qemu.hypervisor import QemuHypervisor\n"
+        "hypervisor = QemuHypervisor([inspect_process(int(sys.argv[1]))])\n"
+        f"hypervisor.nominate_gfn(1, {FIRST_GFN})\n"
+        "opened = hypervisor._guests[0]\n"
+        "hypervisor._hand_over_pools(opened)\n"
+        f"(row,) = opened.pages_of_gfns(np.array([{FIRST_GFN}]))\n"
+        "(frame,) = hypervisor._new_frames(np.array([row]))\n"
+        "pool = hypervisor._pools[0].pool\n"
+        "hva = int(opened.hvas[row])\n"
+        "table = [(7, 0, 0, 1500), (9, hva, 4096, 3, 0x4012, opened.pool_number(pool), int(frame) * 4096)]\n"
+        "opened.session._post(agent.entries(table, results=[0, hva]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(guest.pid)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert pool_mappings(guest) == 0, "the table was done before the test could write"
+    guest.write(FIRST_GFN * PAGE_SIZE + 8, b"in between")
+    wait_until(lambda: pool_mappings(guest) == 1, 10, "the table is done")
+    assert guest.read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(4)[:8] + b"in between" + page(4)[18:]
+    with QtestHost([guest], groups={}) as later:
+        assert later.hypervisor.counters() == Counters(0, 0)
+        assert later.hypervisor.audit().clean
