@@ -5,6 +5,7 @@ All of it comes from QEMU and the kernel, so it is right whether or not a memshr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +82,19 @@ def status_of(process: GuestProcess) -> GuestStatus:
         copied_pages=sum(mapping.pages for mapping in pools) - sharing,
         frames=frames,
     )
+
+
+def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[str]]:
+    """The trust groups whose frames these guests have mapped: name -> names of the guests.
+
+    A guest that has frames of several is named in the first of them only; audit finds what does not belong there.
+    """
+    found: dict[str, list[str]] = {}
+    for process in processes:
+        groups = sorted({group for mapping in process.mappings() if (group := group_of(mapping)) is not None})
+        if groups:
+            found.setdefault(groups[0], []).append(process.name)
+    return found
 
 
 def _halves(error: BackendError) -> tuple[str, str]:
