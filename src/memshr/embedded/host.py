@@ -100,7 +100,7 @@ class Host:
         :raises ValueError: extents overlap each other or the fresh RAM, or go beyond the address width.
         """
         if len(self.books.domains) == FIRST_RESERVED_DOMID - 1:
-            raise errors.HostMemoryError(f"there are {FIRST_RESERVED_DOMID - 1} domains, and no more domids")
+            raise self._no_room(f"there are {FIRST_RESERVED_DOMID - 1} domains, and no more domids")
         while self._next_domid in self.books.domains:
             self._next_domid = self._next_domid % (FIRST_RESERVED_DOMID - 1) + 1
         spans = sorted([(first_gfn, first_gfn + pages)] * bool(pages) + [(e.first_gfn, e.end_gfn) for e in extents])
@@ -110,8 +110,11 @@ class Host:
             raise ValueError("extents overlap")
         total = pages + sum(len(extent.pages) for extent in extents)
         if self.memory.free_pages is not None and total > self.memory.free_pages:
-            raise errors.HostMemoryError(f"the machine has {self.memory.free_pages} free pages, {name} needs {total}")
+            raise self._no_room(f"the machine has {self.memory.free_pages} free pages, {name} needs {total}")
         domid = DomId(self._next_domid)
+        run = self.memory.allocate_run(domid, pages) if pages > _SMALL_DOMAIN_PAGES else None
+        if run is None and pages > _SMALL_DOMAIN_PAGES:
+            raise self._no_room(f"this process cannot have {pages} pages, which {name} needs")
         self._next_domid = self._next_domid % (FIRST_RESERVED_DOMID - 1) + 1
         p2m = P2m(domid, self.books.entries)
         self.books.entries.drop(p2m.first_key, p2m.end_key - 1)
@@ -125,18 +128,20 @@ class Host:
         for extent in extents:
             mfn = self.memory.add_image(extent.pages, domid)
             p2m.extents.append(FrameExtent(extent.first_gfn, len(extent.pages), mfn))
-        if pages <= _SMALL_DOMAIN_PAGES:
+        if run is not None:
+            p2m.extents.append(FrameExtent(first_gfn, pages, run))
+        else:
             for gfn in range(first_gfn, first_gfn + pages):
                 mfn_or_none = self.memory.allocate(domid)
                 assert mfn_or_none is not None  # there was room for all of them
                 self.books.entries.set(page_id(domid, gfn), entry(mfn_or_none, P2mType.RAM_RW))
-        else:
-            run = self.memory.allocate_run(domid, pages)
-            assert run is not None
-            p2m.extents.append(FrameExtent(first_gfn, pages, run))
         p2m.max_gfn = spans[-1][1] - 1 if spans else -1
         domain.tot_pages = total
         return domid
+
+    @staticmethod
+    def _no_room(text: str) -> errors.HostMemoryError:
+        return errors.HostMemoryError(f"create_domain: {text}", call="create_domain", status=Status.ENOMEM)
 
     def destroy_domain(self, domid: DomId) -> None:
         """Take a domain apart. Survivors keep the frames that they shared with it, and the handles.

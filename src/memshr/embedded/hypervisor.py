@@ -374,6 +374,9 @@ class EmbeddedHypervisor(Host):
             raise error_of("fork", Status.EINVAL, domid=child)
         parent_domain = self.first_named(parent, "fork")
         result = fork.fork(self.books, parent_domain, child_domain)
+        if result == Status.EINVAL:
+            text = f"fork: domain {child} would be its own ancestor"
+            raise errors.RefusedDomainError(text, reasons=(text,), call="fork", status=Status.EINVAL, domid=child)
         if result != Status.OK:
             raise error_of("fork", result, domid=child)
 

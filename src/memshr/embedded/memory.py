@@ -91,8 +91,12 @@ class MachineMemory:
         """``count`` fresh frames of RAM in a row for ``owner``, the mfn of the first; None if there is no room."""
         if self._limit_pages is not None and self.allocated_pages + count > self._limit_pages:
             return None
+        try:
+            pages = _anonymous_pages(count)
+        except OSError:  # more than this process may map
+            return None
         self.allocated_pages += count
-        bank = self._add_bank(_anonymous_pages(count), owner, ram=True)
+        bank = self._add_bank(pages, owner, ram=True)
         if self._scrub_byte:
             bank.pages[:] = self._scrub_byte
         return bank.first_mfn
