@@ -325,7 +325,7 @@ class StandIn:
             if page is not None:
                 if mapping.writable:  # a copy of the frame was mapped, so what was written goes back now
                     page.write(mapping.memory[i * PAGE_SIZE : (i + 1) * PAGE_SIZE])
-                page.release()
+                page.close()
         del self._buffers[address]
 
     @property
