@@ -1,6 +1,6 @@
 """The audit of a Xen host: what Xen's own walk finds, and the same books counted once more from outside.
 
-Xen walks from its list of shared frames to the p2m of the domains. We come from the other side: every populated gfn
+Xen walks from its list of shared frames to the p2m of the domains. We come from the other side: every gfn
 of every domain that shares is asked how many gfns are on its frame. If gfn i says n_i, then the shared pages number
 what the domains' shr_pages say, and the sum of all 1/n_i is the number of frames (I6). The two walks have nothing in
 common but the hypervisor.
@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import time
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from memshr import errors
 from memshr.types import AuditFinding, AuditReport, DomainInfo
+from memshr.xen.mappings import NEAR_PAGES
 
 if TYPE_CHECKING:
     from memshr.xen.connection import Connection
     from memshr.xen.hypervisor import XenHypervisor
+
+PATIENCE_S = 30.0
+"""Seconds that our count may take. A debug build of Xen writes two lines to its console for every page asked about."""
 
 _CONSOLE_BYTES = 1 << 16
 _ATTEMPTS = 3
@@ -87,6 +92,7 @@ class Auditor:
 
     def _count(self) -> list[AuditFinding]:
         hypervisor = self._hypervisor
+        deadline_s = time.monotonic() + PATIENCE_S
         for _ in range(_ATTEMPTS):
             before = hypervisor.counters()
             domains = hypervisor.domains()
@@ -102,25 +108,24 @@ class Auditor:
                         "used_frames and freed_pages count other pages than the domains do",
                     )
                 ]
-            sharing = [info for info in domains if info.shr_pages and not info.dying]
-            frames, counted = Fraction(), 0
-            findings = []
-            for info in sharing:
-                pages, part = self._count_domain(info)
-                counted += pages
-                frames += part
-                if pages != info.shr_pages:
+            findings, frames, counted = [], Fraction(), 0
+            for info in domains:
+                if (found := self._count_domain(info, deadline_s)) is None:
+                    continue
+                counted += found[0]
+                frames += found[1]
+                if found[0] != info.shr_pages:
                     findings.append(
                         AuditFinding(
                             *("I6", info.domid, None, None),
                             f"{info.shr_pages} shared pages, as the domain's shr_pages says",
-                            f"{pages} gfns that debug_gfn knows to be shared",
+                            f"{found[0]} gfns that debug_gfn knows to be shared",
                             "a p2m entry was lost under the reverse map, or the counter is wrong",
                         )
                     )
             if hypervisor.counters() != before or hypervisor.domains() != domains:
                 continue
-            if not findings and sum(info.shr_pages for info in sharing) == total and frames != before.used_frames:
+            if counted == total and frames != before.used_frames:
                 findings.append(
                     AuditFinding(
                         *("I4", None, None, None),
@@ -132,19 +137,24 @@ class Auditor:
             return findings
         return []
 
-    def _count_domain(self, info: DomainInfo) -> tuple[int, Fraction]:
-        # How many gfns are shared, and how many frames that makes.
+    def _count_domain(self, info: DomainInfo, deadline_s: float) -> tuple[int, Fraction] | None:
+        # How many gfns are shared, and how many frames that makes; None if it was not counted to the end. No page is
+        # mapped for it: that would fill the holes of a fork. To ask about a page enables sharing on its domain, so
+        # where somebody switched it off nothing is asked.
+        hypervisor = self._hypervisor
+        if not info.shr_pages:
+            return 0, Fraction()
+        if info.dying or not hypervisor.sharing_enabled(info.domid):
+            return None
         pages, frames = 0, Fraction()
+        highest = hypervisor.maximum_gfn(info.domid)
         debug, xch = self._connection.libxc.xc_memshr_debug_gfn, self._connection.xch
-        try:
-            ranges = self._hypervisor.populated_ranges(info.domid).tolist()
-        except errors.DomainError:
-            return info.shr_pages, Fraction()
-        for first, count in ranges:
-            for gfn in range(first, first + count):
-                if (sharers := debug(xch, info.domid, gfn)) > 0:
-                    pages += 1
-                    frames += Fraction(1, sharers)
-                    if pages == info.shr_pages:
-                        return pages, frames
-        return pages, frames
+        for gfn in range(min(highest + 1, NEAR_PAGES)):
+            if (sharers := debug(xch, info.domid, gfn)) > 0:
+                pages += 1
+                frames += Fraction(1, sharers)
+                if pages == info.shr_pages:
+                    return pages, frames
+            if not gfn & 0xFFF and time.monotonic() > deadline_s:
+                return None
+        return None if highest >= NEAR_PAGES else (pages, frames)

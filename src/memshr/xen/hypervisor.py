@@ -43,9 +43,10 @@ from memshr.xen.audit import Auditor
 from memshr.xen.connection import Connection, HostFacts
 from memshr.xen.groups import Groups, Page
 from memshr.xen.libxc import RELEASES, DominfFlag
-from memshr.xen.mappings import BATCH_PAGES, Mappings
+from memshr.xen.mappings import BATCH_PAGES, NEAR_PAGES, Mappings
 from memshr.xen.names import Names
 
+_SPREAD = 4
 _DOMAINS_AT_ONCE = 256
 _FIRST_RESERVED_DOMID = 0x7FF0
 _NOWHERE = (1 << 52) - 1
@@ -170,21 +171,24 @@ class XenHypervisor:
     def populated_ranges(self, domid: DomId) -> NDArray[np.int64]:
         """See the seam. Cost: one mapping for BATCH_PAGES gfns up to the highest.
 
+        A page is left out if it lies beyond NEAR_PAGES and four times what the domain has: the address space is 36 bits
+        wide, Xen has no call that lists what is in it, and no guest has its RAM there.
+
         Looking at a page of a fork fills it from its parent. A domain with populate-on-demand pages left is refused,
         because looking would allocate them, and take the domain down when there is no memory for it.
 
         :raises RefusedDomainError: PV, dom0, or populate-on-demand.
         """
         info = self._look_at(domid, "populated_ranges")
-        highest = self.maximum_gfn(domid)
         expected = info.tot_pages + info.shr_pages
+        highest = min(self.maximum_gfn(domid), NEAR_PAGES + expected * _SPREAD)
         runs: list[tuple[int, int]] = []
         found = 0
         for first in range(0, highest + 1, BATCH_PAGES):
             count = min(BATCH_PAGES, highest + 1 - first)
             present = self._mappings.present(domid, first, count)
             if not present.any() and found >= expected:
-                break  # every page is accounted for: a far gfn would make the rest of the space very long
+                break  # every page is accounted for
             found += int(np.count_nonzero(present))
             edges = np.flatnonzero(np.diff(present, prepend=False, append=False)) + first
             for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
@@ -373,6 +377,22 @@ class XenHypervisor:
         self._enabled.add(client[0])
         return None
 
+    def sharing_enabled(self, domid: DomId) -> bool:
+        """Whether memory sharing is enabled on a domain, asked without enabling it.
+
+        Xen has no such call: another domain, one with sharing enabled, is made to ask. If none is known yet, the domain
+        is enabled, as any call that named it would.
+        """
+        while domid not in self._enabled and self._enabled:
+            asker = next(iter(self._enabled))
+            status = self._ask_about_client((DomId(asker), Gfn(0)), (domid, Gfn(0)))
+            if status is None or status == Status.OK:
+                return True
+            if self._known(asker):
+                return False
+            self._enabled.discard(asker)
+        return self._first(domid, "sharing_enabled") == Status.OK
+
     def _may_give_up(self, source: Page, source_handle: int, client: Page, client_handle: int, sharers: int) -> bool:
         # Xen 4.17 dies of a share that gives up a frame which a third domain maps. So a client's frame with several
         # gfns is given up only if each of them is known, by name, to belong to one of the two domains.
@@ -385,10 +405,9 @@ class XenHypervisor:
             return False
         if sharers == 1:
             return True
-        pages = self._groups.pages(Handle(client_handle)) | {client}
-        if any(domid not in (source[0], client[0]) for domid, _ in pages):
-            return False
-        return sum(self._is_version(page, client_handle) for page in pages) == sharers
+        known = self._groups.pages(Handle(client_handle)) | {client}
+        present = [page for page in known if self._is_version(page, client_handle)]
+        return len(present) == sharers and all(domid in (source[0], client[0]) for domid, _ in present)
 
     def _is_version(self, page: Page, handle: int) -> bool:
         # Whether a page is shared now under this handle. Asked in this order nothing is nominated that was not.
@@ -484,7 +503,7 @@ class XenHypervisor:
         # Xen shares the range gfn by gfn and asks nobody in between; and what one step puts on a frame the next may
         # give up. With every frame of the client its own, or the source's already, no step gives up what others map.
         info = self._known(client_domid)
-        if info is None or info.kind is DomainKind.PV or not info.shr_pages:
+        if info is None or not info.shr_pages or not self.sharing_enabled(DomId(client_domid)):
             return None
         if self._has_forks(client_domid):
             return first
@@ -527,8 +546,9 @@ class XenHypervisor:
     def audit(self) -> AuditReport:
         """See the seam: Xen's own audit with what it said on its console, and a count of every shared page by us.
 
-        Cost: Xen walks every shared frame; we ask about each populated gfn of the domains that share, until all of
-        their shared pages are found. Xen leaves its audit out of release builds; then ``xen_errors`` is 0.
+        Cost: Xen walks every shared frame; we ask about the gfns of the domains that share, one after the other, until
+        all of their shared pages are found or the time is up (``audit.PATIENCE_S``). Xen leaves its audit out of
+        release builds; then ``xen_errors`` is 0.
         """
         self._need_sharing("audit")
         return Auditor(self, self._connection).run()

@@ -21,6 +21,9 @@ from memshr.xen.libxc import PROT_READ, PROT_WRITE
 BATCH_PAGES = 4096
 """Pages in one mapping: 16 MiB, so that a domain of 4 GiB is read through 256 of them."""
 
+NEAR_PAGES = 1 << 21
+"""Gfns that are looked at in any domain, whatever it has: 8 GiB of address space, the hole for devices included."""
+
 
 class Mappings:
     """What dom0 can do to a domain's pages by mapping them."""

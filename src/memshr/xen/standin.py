@@ -302,7 +302,12 @@ class StandIn:
         found = np.zeros(count, np.int32)
         memory = mmap.mmap(-1, count * PAGE_SIZE)
         pages: list[ForeignMapping | None] = []
+        present = self._present(domid)
         for i, gfn in enumerate(wanted):
+            if present is not None and gfn not in present:
+                pages.append(None)
+                found[i] = -errno.EINVAL
+                continue
             try:
                 page = self.embedded.map_foreign(DomId(domid), Gfn(gfn), writable=bool(prot & PROT_WRITE))
             except errors.CallError as error:
@@ -317,6 +322,14 @@ class StandIn:
         self._buffers[address] = buffer
         self._mappings[address] = _Mapping(memory, pages, bool(prot & PROT_WRITE))
         return address
+
+    def _present(self, domid: int) -> set[int] | None:
+        # The gfns that have RAM, so that a large address space does not take long; a fork's come when looked at.
+        domain = self.embedded.books.domains.get(domid)
+        if domain is None or domain.parent is not None:
+            return None
+        runs = domain.p2m.populated_ranges().tolist()
+        return {gfn for first, count in runs for gfn in range(first, first + count)}
 
     def xenforeignmemory_unmap(self, address: int, count: int) -> None:
         mapping = self._mappings.pop(address)
