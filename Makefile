@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench docs clean
 
 setup: .venv/ready
 
@@ -26,6 +26,9 @@ check: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/run.py
+
+docs: setup
+	@$(BIN)/python -m memshr.cli.reference > docs/commands.md
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis

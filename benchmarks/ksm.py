@@ -39,6 +39,9 @@ STOP, RUN, UNMERGE = 0, 1, 2
 
 GOAL = 0.95
 POLL_S = 0.01
+PRECISION = 0.01
+"""of times that are long: looking more often would cost processor time and find nothing new"""
+
 REST_S = 1.0
 SETTLED_SCANS = 3
 """KSM has done what it will do when its count has not grown in so many full scans"""
@@ -58,7 +61,7 @@ class Result:
     """One mechanism on one set of guests.
 
     ``given_back_pages`` is how many frames fewer the guests have afterwards, counted in /proc/PID/pagemap;
-    ``to_goal_s`` when that reached GOAL of what is sharable, None if never; ``seconds`` until the mechanism had done.
+    ``to_goal_s`` when that reached GOAL of what is sharable, None if not at all; ``seconds`` until it had done.
     ``cpu_s`` is all processor time until then: its own, the kernel's for it, and QEMU's on its behalf (the last only of
     paused guests, which use none of their own); ``resting_cpu`` what it goes on using, as a share of one processor.
     Write times are the guests' own measurement, the worst of all guests.
@@ -183,9 +186,10 @@ class FrameWatch:
 
 
 def _watch_frames(ranges: Mapping[int, Sequence[tuple[int, int]]], connection: Connection) -> None:
-    samples = [(time.monotonic(), used_frames(ranges))]
+    begin = time.monotonic()
+    samples = [(begin, used_frames(ranges))]
     connection.send("ready")
-    while not connection.poll(POLL_S):
+    while not connection.poll(max(POLL_S, PRECISION * (time.monotonic() - begin))):
         samples.append((time.monotonic(), used_frames(ranges)))
     samples.append((time.monotonic(), used_frames(ranges)))
     connection.send(samples)
@@ -316,7 +320,7 @@ def _cells(result: Result) -> tuple[str, ...]:
         result.state,
         str(result.sharable.saved_pages),
         str(result.given_back_pages),
-        "never" if result.to_goal_s is None else f"{result.to_goal_s:.2f} s",
+        f"> {result.seconds:.2f} s" if result.to_goal_s is None else f"{result.to_goal_s:.2f} s",
         f"{result.seconds:.2f} s",
         f"{result.cpu_s:.2f} s",
         f"{result.resting_cpu:.0%}",

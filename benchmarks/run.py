@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+import embedded
 from memshr.sharing.fingerprint import Fingerprinter, Fingerprints, universal_fingerprints
 from memshr.types import PAGE_SIZE, PageBytes
 
@@ -201,6 +202,7 @@ DIFFERENCES: dict[str, tuple[Contents, Change]] = {
 BENCHES: dict[str, Callable[[], None]] = {
     "fingerprint": bench_fingerprint,
     "collisions": bench_collisions,
+    **{bench.__name__: bench for bench in embedded.BENCHES},
 }
 
 

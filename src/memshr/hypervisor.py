@@ -129,8 +129,9 @@ class Hypervisor(Protocol):
     def nominate_gfn(self, domid: DomId, gfn: Gfn) -> Handle:
         """Make a page a candidate and return the handle of its present version. (``xc_memshr_nominate_gfn``)
 
-        A page that is nominated or shared already keeps its handle, and that one is returned. The page becomes
-        read-only to the guest; a write takes it back, kills the handle and goes on.
+        A page that is nominated or shared already keeps its handle, and that one is returned; a new handle is greater
+        than any before it. The page becomes read-only to the guest; a write takes it back, kills the handle and goes
+        on.
 
         :raises NotSharableError: EINVAL: hole, out of range, or not plain RAM.
         :raises BusyPageError: E2BIG: the frame has references besides the domain's own.

@@ -122,6 +122,8 @@ class ProcessMemory:
                 if not self._read_text("maps"):
                     raise self._gone()
             except OSError as error:
+                if self._is_dead():  # then nobody but root is even told that there is no memory
+                    raise self._gone() from error
                 raise self._failed(error) from error
             try:
                 self._pagemap: int | None = self._open("pagemap")
@@ -129,6 +131,13 @@ class ProcessMemory:
             except OSError:
                 self._pagemap = None
             self._files = stack.pop_all()
+
+    def _is_dead(self) -> bool:
+        # Exited and not yet reaped: state Z or X, after the name in parentheses (proc(5), /proc/pid/stat).
+        try:
+            return self._read_text("stat").rpartition(")")[2].split()[0] in ("Z", "X")
+        except OSError:
+            return True
 
     def __enter__(self) -> Self:
         return self

@@ -34,6 +34,16 @@ class MissingPartError(Exception):
         self.part = part
 
 
+def need_root(what: str) -> None:
+    """Make sure of being root.
+
+    :param what: what only root can have.
+    :raises MissingPartError: this is another user.
+    """
+    if os.geteuid() != 0:
+        raise MissingPartError(f"only root can have {what}: run the tests as root")
+
+
 @dataclass(frozen=True, slots=True)
 class LinuxKit:
     """The parts of a Linux guest."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guests.kit import MissingPartError, find_qemu
+from guests.kit import MissingPartError, find_qemu, need_root
 from guests.machine import Machine
 
 MEMORY_MIB = 64
@@ -33,6 +33,7 @@ class Peculiarity:
     disturb: Callable[[Machine], object] | None = None
     host: Callable[[], Any] = nullcontext
     user: str | None = None
+    needs_root: bool = False
 
     @contextmanager
     def started(self, name: str) -> Iterator[Machine]:
@@ -41,6 +42,8 @@ class Peculiarity:
         :raises MissingPartError: the host cannot provide what it needs.
         :raises GuestFailedError: QEMU did not come up.
         """
+        if self.needs_root:
+            need_root(f"a guest of the kind {self.name}")
         with self.host(), Machine(name, find_qemu(), memory_mib=MEMORY_MIB, user=self.user) as machine:
             machine.start(["-accel", "tcg,tb-size=16", *self.arguments])
             if self.disturb is not None:
@@ -160,7 +163,10 @@ _KINDS = (
         host=_huge_pages,
     ),
     Peculiarity(
-        "mem-lock", ("-overcommit", "mem-lock=on"), lambda machine: process_status(machine.pid)["VmLck"] != "0 kB"
+        "mem-lock",
+        ("-overcommit", "mem-lock=on"),
+        lambda machine: process_status(machine.pid)["VmLck"] != "0 kB",
+        needs_root=True,
     ),
     # RAM whose flags a new mapping would lose
     Peculiarity("no-core-dump", ("-machine", "pc,dump-guest-core=off"), _has_flag("dd")),
@@ -174,6 +180,7 @@ _KINDS = (
         (),
         lambda machine: process_status(machine.pid)["Uid"].split()[0] != str(os.getuid()),
         user="nobody",
+        needs_root=True,
     ),
     # devices that give guest RAM back to the host on their own
     Peculiarity(
@@ -199,7 +206,7 @@ _KINDS = (
     Peculiarity("never-started", ("-S",), _has_status("prelaunch")),
     Peculiarity("incoming", ("-incoming", "defer"), _has_status("inmigrate")),
     Peculiarity("outgoing", (), _is_migrating, disturb=_migrate_for_ever),
-    Peculiarity("background-snapshot", (), _is_migrating, disturb=_snapshot_for_ever),
+    Peculiarity("background-snapshot", (), _is_migrating, disturb=_snapshot_for_ever, needs_root=True),
     # layout
     Peculiarity(
         "q35",

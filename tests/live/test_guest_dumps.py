@@ -1,5 +1,6 @@
 """What QEMU says a guest's memory holds, by two commands, and how many of its pages are equal."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from command_line import CommandLine
 from guests.linux import LinuxGuest
 from guests.pages import PAGE_SIZE, Pages, count_pages
+from memshr.images import open_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,17 @@ def test_elf_and_raw_dumps_hold_the_same_pages_at_the_same_gfns(dumps: Dumps) ->
         assert different.size == 0, f"gfns {first + different[:10]}"
 
 
+def test_readers_find_the_same_pages_in_the_dumps(dumps: Dumps) -> None:
+    with open_image(dumps.beta) as image:
+        gfns = np.concatenate([np.arange(extent.first_gfn, extent.end_gfn) for extent in image.extents])
+        wanted = np.concatenate([np.arange(first, first + len(pages)) for first, pages in segments(dumps.beta)])
+        np.testing.assert_array_equal(gfns, wanted)
+        assert np.array_equal(np.concatenate([extent.pages for extent in image.extents]), all_pages(dumps.beta))
+    with open_image(dumps.alpha_raw) as image:
+        (extent,) = image.extents
+        assert np.array_equal(extent.pages, np.fromfile(dumps.alpha_raw, np.uint8).reshape(-1, PAGE_SIZE))
+
+
 def test_two_guests_that_did_the_same_have_most_of_their_pages_in_common(dumps: Dumps) -> None:
     alpha, beta = all_pages(dumps.alpha), all_pages(dumps.beta)
     both, one, other = count_pages([[alpha], [beta]]), count_pages([[alpha]]), count_pages([[beta]])
@@ -75,3 +89,24 @@ def test_two_guests_that_did_the_same_have_most_of_their_pages_in_common(dumps: 
     # Each of the 63 contents that the checkers have in common is one frame less, and each page of the four blobs.
     assert both.inter_pages >= 63 + 4 * 256
     assert both.saved_pages > both.total_pages / 2
+
+
+def test_share_of_the_dumps_counts_as_we_do(dumps: Dumps, memshr: CommandLine) -> None:
+    counted = count_pages([[all_pages(dumps.alpha)], [all_pages(dumps.beta)]])
+    outcome = memshr("share", dumps.alpha, dumps.beta, "--group", "all", "--json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["total_pages"] == counted.total_pages
+    assert report["zero_pages"] == counted.zero_pages
+    assert report["intra_pages"] == counted.intra_pages
+    assert report["inter_pages"] == counted.inter_pages
+    assert report["audit_findings"] == []
+    over_limit = report["dropped"].get("max_sharers", 0)
+    assert report["saved_pages"] == counted.saved_pages - over_limit
+    assert report["dropped"] == ({"max_sharers": over_limit} if over_limit else {})
+
+
+def test_every_page_of_the_shared_dumps_reads_as_before(dumps: Dumps, memshr: CommandLine) -> None:
+    outcome = memshr("audit", dumps.alpha, dumps.beta, "--group", "all", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["wrong_pages"] == 0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from guests.freestanding import FreestandingGuest
-from guests.kit import BLOB_BYTES, find_qemu
+from guests.kit import BLOB_BYTES, find_qemu, need_root
 from guests.linux import LinuxGuest, drive_arguments
 from guests.machine import GuestFailedError, Machine, wait_until
 from guests.pages import PAGE_SIZE
@@ -123,6 +123,8 @@ def test_drives_are_read_past_the_page_cache(drive_pair: dict[str, LinuxGuest]) 
 def test_guest_ends_with_the_process_that_started_it(user: str | None) -> None:
     with needed_parts():
         find_qemu()
+        if user is not None:
+            need_root("a guest of another user")
     program = f"""
 import signal
 from guests.kit import find_qemu

@@ -161,4 +161,4 @@ class Embedded(RuleBasedStateMachine):
 
 
 TestEmbedded = Embedded.TestCase
-TestEmbedded.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestEmbedded.settings = settings(max_examples=150, stateful_step_count=40)

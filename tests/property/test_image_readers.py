@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memshr.errors import ImageError
@@ -71,25 +71,21 @@ def open_and_read(contents: bytes) -> None:
         assert path.read_bytes() == contents
 
 
-@settings(deadline=None)  # each example writes a file, and disks have their own idea of time
 @given(st.binary(max_size=300))
 def test_any_bytes(contents: bytes) -> None:
     open_and_read(contents)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_behind_the_magic(contents: bytes) -> None:
     open_and_read(b"\x7fELF\x02\x01" + contents)
 
 
-@settings(deadline=None)
 @given(st.lists(SEGMENTS, max_size=5), HEADERS, st.integers(0, 5))
 def test_any_core(segments: list[Segment], header: Header, gap_bytes: int) -> None:
     open_and_read(core(segments, header, gap_bytes=gap_bytes))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 64 + 3 * 56 - 1), st.integers(0, 255)), min_size=1, max_size=6))
 def test_good_core_with_bytes_changed(changes: list[tuple[int, int]]) -> None:
     contents = bytearray(GOOD)
@@ -98,7 +94,6 @@ def test_good_core_with_bytes_changed(changes: list[tuple[int, int]]) -> None:
     open_and_read(bytes(contents))
 
 
-@settings(deadline=None)
 @given(st.integers(0, len(GOOD) - 1), st.integers(0, 64))
 def test_good_core_with_a_piece_missing(start: int, length: int) -> None:
     open_and_read(GOOD[:start] + GOOD[start + length :])

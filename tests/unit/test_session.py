@@ -670,7 +670,7 @@ def test_a_busy_page_is_counted_and_the_others_share() -> None:
     mapping = host.map_foreign(DomId(1), Gfn(0), writable=False)
     report = run(host)
     assert (report.dropped, report.saved_pages) == ({"busy": 1}, 1)
-    mapping.release()
+    mapping.close()
     report = run(host)
     assert (report.dropped, report.saved_pages, host.counters().used_frames) == ({}, 2, 1)
 

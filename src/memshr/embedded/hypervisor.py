@@ -20,7 +20,7 @@ from memshr.embedded.columns import CHUNK_BITS, Spots
 from memshr.embedded.host import Host
 from memshr.embedded.mem_sharing import Domain
 from memshr.embedded.p2m import TYPE_BITS, TYPE_MASK, is_ram_many
-from memshr.embedded.shared_frames import NOWHERE, page_id
+from memshr.embedded.shared_frames import NOWHERE, page_id, page_of
 from memshr.errors import Status
 from memshr.hypervisor import Capability, error_of
 from memshr.types import (
@@ -37,6 +37,7 @@ from memshr.types import (
     P2mType,
     PageArray,
     PageBytes,
+    PageRef,
     Statuses,
 )
 
@@ -232,13 +233,13 @@ class EmbeddedHypervisor(Host):
         frames = self.books.frames
         return frames.count.item(frames.slot_of_mfn.get(value >> TYPE_BITS))
 
-    def sharers(self, domid: DomId, gfn: Gfn) -> frozenset[DomId]:
-        """The domains that have a gfn on the frame of this one; empty if the page is not shared."""
+    def sharers(self, domid: DomId, gfn: Gfn) -> list[PageRef]:
+        """The pages that are on the frame of this one, itself included; none if it is not shared."""
         value = self.books.entries.get(self._pid(domid, gfn))
         if value & TYPE_MASK != P2mType.RAM_SHARED:
-            return frozenset()
+            return []
         members = self.books.frames.members(self.books.frames.slot_of_mfn.get(value >> TYPE_BITS))
-        return frozenset(DomId(owner) for owner in np.unique(members >> MAX_GFN_BITS).tolist())
+        return [PageRef(DomId(owner), Gfn(page)) for owner, page in map(page_of, sorted(members.tolist()))]
 
     def debug_gref(self, domid: DomId, ref: GrantRef) -> int:
         """See the seam."""

@@ -232,7 +232,7 @@ class _Replay:
         source, client = self._page(arguments, "s"), self._page(arguments, "c")
         if source is None or client is None or not self._is_shared(arguments, "c"):
             return False
-        return bool(self._hypervisor.sharers(*client) - {source[0], client[0]})
+        return any(page.domid not in (source[0], client[0]) for page in self._hypervisor.sharers(*client))
 
     def _excuse(
         self, step: Mapping[str, Any], answer: Answer, before: str, what: str, xen: object, ours: object

@@ -14,8 +14,8 @@ no two pages shared that differ, and no page be left nominated that shares with 
    another trust group now.
 5. What this session nominated and could not share is taken back, whatever happens.
 
-Fresh nominations are told from old ones by their handles: handles are given out in ascending order, and used_frames
-tells how many of a batch were new.
+Fresh nominations are told from old ones by their handles: a new handle is greater than any before it, and the growth
+of used_frames tells how many of the first batch were new. (With no page shared at the start, all are.)
 """
 
 from __future__ import annotations
@@ -242,13 +242,18 @@ class _GroupSession:
     def _survey(self) -> dict[DomId, NDArray[np.int64]]:
         # The populated ranges of every domain that is there.
         populated = {}
+        shr_pages = 0
         for domid, books in self.books.items():
             try:
-                books.name = self._hypervisor.domain_info(domid).name
+                info = self._hypervisor.domain_info(domid)
+                books.name = info.name
+                shr_pages += info.shr_pages
                 populated[domid] = self._hypervisor.populated_ranges(domid)
                 books.total_pages = int(populated[domid][:, 1].sum())
             except DomainError:
                 books.gone = True
+        if not shr_pages:
+            self._oldest_fresh = 0
         return populated
 
     def _scan(self, populated: dict[DomId, NDArray[np.int64]]) -> None:

@@ -1,0 +1,143 @@
+"""memshr ctl."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import sys
+from collections.abc import Iterator
+
+import click
+
+from memshr.backends import open_host
+from memshr.cli.options import as_json
+from memshr.errors import MemshrError
+from memshr.hypervisor import Hypervisor
+from memshr.replay import OPERATIONS, Answer, Operations, ScriptError, parse_line
+
+_INFO = "info"
+_ALIASES = {"enable": ("control", " enable=1"), "disable": ("control", " enable=0"), "range": ("range_share", "")}
+"""Calls by the names that Xen's own tool has for them: the operation, and what is added to the line."""
+
+
+def _calls() -> str:
+    lines = []
+    for name in sorted(OPERATIONS):
+        parameters = (
+            parameter.name if parameter.required else f"[{parameter.name}]" for parameter in OPERATIONS[name].parameters
+        )
+        lines.append(f"  {' '.join([name, *parameters])}")
+    return "\n".join(lines)
+
+
+@click.command(
+    short_help="Xen's memory-sharing calls by hand.",
+    epilog="\b\nCalls and what they take:\n"
+    + _calls()
+    + "\n\b\n  info                       all domains and counters\n"
+    "  enable DOM, disable DOM    control DOM 1, control DOM 0\n  range ...                  range_share ...",
+)
+@click.argument("host")
+@click.argument("call", nargs=-1)
+@as_json
+def ctl(host: str, call: tuple[str, ...], as_json: bool) -> None:
+    """Xen's memory-sharing calls by hand, on the mechanism HOST.
+
+    HOST is 'embedded:', a hypervisor in this process that begins without domains, or 'embedded:IMAGE,IMAGE' with a
+    domain for each image. A CALL is a name and its values, in order or by name:
+
+    \b
+      memshr ctl embedded:a.core,b.core nominate 1 0x20
+
+    Without a CALL a script is read from standard input, a call a line; save=NAME keeps a handle, $NAME uses it, and
+    domains go by the names that they were created with:
+
+    \b
+      create_domain name=A pages=16
+      nominate dom=A gfn=1 save=h
+      share sdom=A sgfn=1 sh=$h cdom=A cgfn=1 ch=$h
+
+    Every call answers with what libxc would return. A call that is refused tells the error of Xen and what it means
+    for that call; the exit code is 1 if there was one.
+    """
+    refused = False
+    with open_host(host) as hypervisor:
+        session = Operations(hypervisor)
+        for info in hypervisor.domains():
+            session.domains[info.name] = info.domid
+        saved: dict[str, int] = {}
+        for place, line in _lines(call):
+            answer = _run(session, line, saved, place)
+            if answer is None:
+                continue
+            refused |= bool(answer.error) and answer.rc <= 0
+            click.echo(_as_json(answer) if as_json else _as_text(answer))
+    if refused:
+        raise click.exceptions.Exit(1)
+
+
+def _lines(call: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    # What to run, each with the place to name in errors.
+    if call:
+        yield "", " ".join(json.dumps(word) if re.search(r"\s", word) and "=" not in word else word for word in call)
+        return
+    for number, line in enumerate(sys.stdin, 1):
+        yield f"line {number}", line.rstrip("\n")
+
+
+def _run(session: Operations, text: str, saved: dict[str, int], place: str) -> Answer | None:
+    head = text.strip().partition(" ")[0]
+    if head == _INFO:
+        return _info(session.hypervisor)
+    if head in _ALIASES:
+        operation, addition = _ALIASES[head]
+        text = text.replace(head, operation, 1) + addition
+    try:
+        line = parse_line(text, saved)
+        if line is None:
+            return None
+        answer = session.run(line.operation, line.arguments)
+    except ScriptError as error:
+        where = f"{place}, column {error.column}: " if place and error.column else f"{place}: " if place else ""
+        raise MemshrError(f"{where}{error}") from error
+    if line.save is not None and answer.handle is not None:
+        saved[line.save] = answer.handle
+    return answer
+
+
+def _info(hypervisor: Hypervisor) -> Answer:
+    counters = hypervisor.counters()
+    return Answer(
+        values={
+            "freed_pages": counters.freed_pages,
+            "used_frames": counters.used_frames,
+            "domains": {
+                info.name: {"domid": info.domid, "tot_pages": info.tot_pages, "shr_pages": info.shr_pages}
+                for info in hypervisor.domains()
+            },
+        }
+    )
+
+
+def _as_json(answer: Answer) -> str:
+    known = {"rc": answer.rc, "errno": answer.errno, "handle": answer.handle, "xen_rc": answer.handle_error}
+    return json.dumps(known | dict(answer.values) | ({"error": answer.error} if answer.error else {}))
+
+
+def _as_text(answer: Answer) -> str:
+    parts = [str(answer.rc)]
+    if answer.handle is not None:
+        parts.append(f"handle={answer.handle}")
+    parts += [f"{name}={json.dumps(value)}" for name, value in answer.values.items()]
+    if answer.rc < 0:
+        parts.append(_error_name(answer))
+    if answer.error:
+        parts.append(f"({answer.error})")
+    return " ".join(parts)
+
+
+def _error_name(answer: Answer) -> str:
+    if answer.handle_error is not None:
+        return {-9: "client handle invalid", -10: "source handle invalid"}[answer.handle_error]
+    return errno.errorcode.get(answer.errno, str(answer.errno))

@@ -1,0 +1,86 @@
+"""The command line: what every command has in common, and the table of commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from memshr.cli.audit import audit
+from memshr.cli.capture import capture
+from memshr.cli.ctl import ctl
+from memshr.cli.demo import demo
+from memshr.cli.estimate import estimate
+from memshr.cli.replay import replay
+from memshr.cli.share import share
+from memshr.errors import MemshrError
+
+EPILOG = """\b
+Examples:
+  memshr demo                                   the whole story on real memory, no root needed
+  memshr capture pid:4711 -o a.core             write the memory of a process to a file
+  memshr estimate a.core b.core --group all     what would sharing save?
+  memshr share a.core b.core --json             share them, with every check, and report
+  memshr ctl embedded: < script                 Xen's calls by hand
+  memshr replay tests/traces/*.json             does memshr answer as a real Xen did?
+
+\b
+Exit codes:
+  0  done                         1  found a problem (audit finding, replay difference, call refused)
+  2  wrong use or bad input       3  refused by the host
+
+MEMSHR_DEBUG=1 shows the traceback of an internal error."""
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="memshr", message="memshr %(version)s")
+def commands() -> None:
+    """Share identical memory pages between virtual machines, and prove that it was done safely.
+
+    memshr finds pages with the same contents, checks them byte for byte under a handle that dies when either is
+    written, and puts them on one frame. Pages are shared only within a trust group: each domain for itself, unless
+    --group says otherwise.
+
+    A SOURCE is a memory image: a raw file of pages, or an ELF core (QEMU's dump-guest-memory, gcore, memshr capture).
+    """
+
+
+for command in (demo, estimate, share, audit, capture, ctl, replay):
+    commands.add_command(command)
+
+
+def _on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    # As an exception, so that half-written files are taken away on the way out.
+    sys.exit(128 + signal.SIGTERM)
+
+
+def main() -> NoReturn:
+    """Run the command line. An error is one line on standard error; its class decides the exit code."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        sys.exit(commands.main(standalone_mode=False) or 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        print("memshr: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except MemshrError as error:
+        print(f"memshr: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing may be written on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("MEMSHR_DEBUG"):
+            raise
+        text = " ".join(str(error).split())
+        print(f"memshr: internal error, please report it: {type(error).__name__}: {text}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,49 @@
+"""Options and arguments that several commands take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys instead of text.")
+
+image_format = click.option(
+    "--format", "image_format", metavar="NAME", help="Read the images as this format instead of detecting it."
+)
+
+groups = click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    metavar="NAME=DOMAIN,DOMAIN|all",
+    help="Let these domains share with each other; 'all' puts every domain into one group. May be given several times."
+    " Domains that no group names share within themselves only.",
+)
+
+max_sharers = click.option(
+    "--max-sharers",
+    type=click.IntRange(2),
+    metavar="N",
+    default=256,
+    show_default=True,
+    help="How many pages may be on one frame; beyond that a second frame is used.",
+)
+
+
+def sharing_options(command: _Command) -> _Command:
+    """The arguments and options of every command that runs a sharing session."""
+    for option in (as_json, max_sharers, image_format, groups, sources):
+        command = option(command)
+    return command
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(value, indent=2))

@@ -1,0 +1,155 @@
+"""Running a sharing session for a command: its progress on a terminal, and its report as text."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from memshr.hypervisor import Hypervisor
+from memshr.sharing.fingerprint import SEED_BITS
+from memshr.sharing.groups import trust_groups
+from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, SharingReport
+from memshr.sharing.session import Progress as SessionProgress
+from memshr.sharing.session import SharingOptions, share
+from memshr.types import PAGE_SIZE
+
+_PAIRS_SHOWN = 20
+
+
+def run_session(hypervisor: Hypervisor, groups: Sequence[str], *, max_sharers: int = 256) -> SharingReport:
+    """Share what can be shared among the host's domains; shows progress when standard error is a terminal."""
+    trusted = trust_groups(hypervisor.domains(), groups, lambda: secrets.randbits(SEED_BITS))
+    with _session_progress() as progress:
+        return share(
+            hypervisor, trusted, wait=time.sleep, options=SharingOptions(max_sharers=max_sharers), progress=progress
+        )
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress bar on standard error; silent unless that is a terminal."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        yield bar
+
+
+@contextmanager
+def _session_progress() -> Iterator[Callable[[SessionProgress], None]]:
+    with progress_bar() as bar:
+        tasks: dict[tuple[str, str], TaskID] = {}
+
+        def show(progress: SessionProgress) -> None:
+            key = progress.group, progress.phase
+            if key not in tasks:
+                tasks[key] = bar.add_task(f"{progress.phase} {progress.group}", total=progress.total_pages)
+            bar.update(tasks[key], completed=progress.done_pages)
+
+        yield show
+
+
+def mib(pages: int) -> str:
+    """Pages as MiB, with one decimal."""
+    return f"{pages * PAGE_SIZE / 2**20:,.1f}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def print_report(report: SharingReport, *, verb: str) -> None:
+    """Print a session's report for a person. ``verb``: what the saving is, such as "can be saved"."""
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    share_of = report.saved_pages / report.total_pages if report.total_pages else 0.0
+    console.print(
+        f"[bold]{mib(report.saved_pages)} MiB {verb}[/bold]: {report.saved_pages:,} of {report.total_pages:,} pages"
+        f" ({share_of:.0%})"
+    )
+    console.print(_breakdown(report))
+    console.print(_domain_table(report))
+    if report.pairs:
+        console.print(_pair_table(report))
+    if dropped := {reason: pages for reason, pages in report.dropped.items() if pages}:
+        table = _table("left out", "pages")
+        for reason, pages in dropped.items():
+            table.add_row(f"{reason}: {(REASONS_TO_DROP | REASONS_TO_KEEP)[reason]}", f"{pages:,}")
+        console.print(table)
+    console.print(
+        f"Xen's counters: {report.counters.freed_pages:,} pages freed, {report.counters.used_frames:,} frames used."
+    )
+    if report.stopped is not None:
+        console.print(f"[bold]Stopped early[/bold]: {report.stopped}")
+    for finding in report.audit_findings:
+        console.print(f"[bold]audit[/bold] {finding}")
+    if not report.audit_findings:
+        console.print("Audit: every frame, reference and counter agrees.")
+
+
+def _breakdown(report: SharingReport) -> Table:
+    table = _table("where the saving is", "pages", "MiB")
+    for name, pages in (
+        ("zero pages, given back without a frame", report.zero_pages),
+        ("equal pages inside one domain", report.intra_pages),
+        ("equal pages between domains of a group", report.inter_pages),
+    ):
+        table.add_row(name, f"{pages:,}", mib(pages))
+    if report.absent_pages:
+        table.add_row("(never backed by the host: no saving)", f"{report.absent_pages:,}", mib(report.absent_pages))
+    return table
+
+
+def _domain_table(report: SharingReport) -> Table:
+    table = _table("domain", "group", "pages", "zero", "shared", "saved inside", "unique", "left out")
+    for domain in report.domains:
+        table.add_row(
+            domain.name,
+            domain.group,
+            *(
+                f"{pages:,}"
+                for pages in (
+                    domain.total_pages,
+                    domain.zero_pages,
+                    domain.shared_pages,
+                    domain.intra_pages,
+                    domain.unique_pages,
+                    sum(domain.dropped.values()),
+                )
+            ),
+        )
+    return table
+
+
+def _pair_table(report: SharingReport) -> Table:
+    table = _table("who has how much in common", "contents", "MiB", "pages that hold them")
+    pairs = sorted(report.pairs, key=lambda pair: -pair.contents)
+    for pair in pairs[:_PAIRS_SHOWN]:
+        table.add_row(" + ".join(pair.names), f"{pair.contents:,}", mib(pair.contents), f"{pair.pages:,}")
+    if len(pairs) > _PAIRS_SHOWN:
+        table.caption = f"and {len(pairs) - _PAIRS_SHOWN} pairs more: --json has them all"
+    return table
+
+
+def exit_with(report: SharingReport) -> None:
+    """Leave with exit code 1 when the audit found something."""
+    if report.audit_findings:
+        raise click.exceptions.Exit(1)

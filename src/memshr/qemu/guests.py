@@ -1,0 +1,550 @@
+"""Finding QEMU guests on this host: who they are, where their RAM lies, and whether memshr may touch them.
+
+A guest is a process whose program is QEMU. Its name and its QMP socket are taken from its command line; where its RAM
+lies in its address space is asked of QEMU itself (``info mtree -f`` for the guest-physical side, ``gpa2hva`` for the
+host side), so the hole below 4 GiB, memory that was plugged in, and several NUMA nodes need no rules of ours.
+
+``refusals`` has every reason why a guest must be left alone, each with its remedy. A reason is a fact about the guest
+or the host, never a guess: what could not be found out is itself a reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import platform
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memshr.errors import BackendError, MemshrError, NoSuchDomainError
+from memshr.procfs import Mapping, parse_maps
+from memshr.qemu import syscalls
+from memshr.qemu.monitor import Monitor, MonitorError
+from memshr.qemu.pool import group_of
+from memshr.types import PAGE_SHIFT, PAGE_SIZE, Gfn
+
+_PROGRAM = re.compile(r"^(qemu-system-\w+|qemu-kvm|kvm)$")
+_FLAT_RANGE = re.compile(
+    r"^  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ([^)]*)\): (.*?)(?: @[0-9a-f]{16})?(?: KVM)?$"
+)
+_HOST_ADDRESS = re.compile(r"is 0x([0-9a-f]+)")
+_MIGRATION_UNDER_WAY = frozenset(
+    (
+        *("setup", "cancelling", "active", "postcopy-active", "postcopy-paused", "postcopy-recover"),
+        *("device", "wait-unplug", "pre-switchover", "colo"),
+    )
+)
+_MIGRATION_STATES = frozenset(("inmigrate", "finish-migrate", "save-vm", "restore-vm", "postmigrate", "colo"))
+_ELF_X86_64 = 62
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One reason why memshr leaves a guest alone, and what would change it."""
+
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestProcess:
+    """A running QEMU.
+
+    ``start_ticks`` tells this process from a later one of the same pid (field 22 of /proc/PID/stat). ``qmp_path`` is
+    where we reach its QMP socket, through the guest's own root if it lives in a container; None if it has none that
+    we may use, and then ``libvirt`` says whether libvirt holds it.
+    """
+
+    pid: int
+    start_ticks: int
+    name: str
+    arguments: tuple[str, ...]
+    qmp_path: Path | None
+    libvirt: bool
+
+    def monitor(self) -> Monitor:
+        """Connect to its QMP socket; the caller hangs up.
+
+        :raises BackendError: it has none, or it cannot be used.
+        """
+        if self.qmp_path is None:
+            reason = _no_monitor(self)
+            raise BackendError(f"guest {self.name} ({self.pid}): {reason.reason}", remedy=reason.remedy)
+        return Monitor(self.qmp_path)
+
+    def pool_inodes(self) -> set[int]:
+        """The inodes of the frame pools that it has mapped. :raises OSError: it has ended, or we may not look."""
+        mappings = parse_maps(Path(f"/proc/{self.pid}/maps").read_text())
+        return {mapping.inode for mapping in mappings if group_of(mapping) is not None}
+
+    @property
+    def running(self) -> bool:
+        """Whether this very process is still there."""
+        try:
+            return _start_ticks(self.pid) == self.start_ticks
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class RamRange:
+    """Consecutive guest pages of RAM: gfns from ``first_gfn``, in QEMU's address space from ``hva``."""
+
+    first_gfn: Gfn
+    pages: int
+    hva: int
+    block: str
+
+    @property
+    def end_hva(self) -> int:
+        """The first address after it."""
+        return self.hva + self.pages * PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """A drive whose requests may write into guest RAM by DMA of the host, past any protection of pages."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuestStatus:
+    """What ``memshr status`` lists about one guest. ``state`` is QEMU's word (running, paused, prelaunch, ...).
+
+    ``shared_pages`` are its pages that lie on frames of a pool and were not written since; ``pools`` are the trust
+    groups of those frames. Both come from the kernel and are right whether or not a memshr is running.
+    """
+
+    process: GuestProcess
+    state: str
+    ram_bytes: int
+    refusals: tuple[Refusal, ...]
+    shared_pages: int
+    pools: tuple[str, ...]
+
+
+# -- who is there ------------------------------------------------------------------------------------------------------
+
+
+def find_guests() -> list[GuestProcess]:
+    """Every QEMU of this host that we can see, in order of pid."""
+    found = []
+    for entry in sorted(int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
+        try:
+            guest = inspect_process(entry)
+        except OSError:  # exited meanwhile, or not ours to look at
+            continue
+        if guest is not None:
+            found.append(guest)
+    return found
+
+
+def inspect_process(pid: int) -> GuestProcess | None:
+    """The QEMU with this pid; None if it runs something else.
+
+    :raises OSError: there is no such process, or we may not look at it.
+    """
+    program = Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")
+    if not _PROGRAM.match(program):
+        return None
+    start_ticks = _start_ticks(pid)
+    arguments = tuple(os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1])
+    if not arguments:
+        return None  # it is exiting
+    socket_path, libvirt = _qmp_socket(arguments)
+    return GuestProcess(
+        pid=pid,
+        start_ticks=start_ticks,
+        name=_name_of(arguments) or f"pid-{pid}",
+        arguments=arguments,
+        qmp_path=_seen_from_here(pid, socket_path) if socket_path else None,
+        libvirt=libvirt,
+    )
+
+
+def select_guests(selector: str) -> list[GuestProcess]:
+    """The guests that a user means by ``all``, a name, a pid, or either with a socket: ``NAME@/path/qmp.sock``.
+
+    :raises NoSuchDomainError: there is none, or the name is that of several.
+    """
+    wanted, _, given_path = selector.partition("@")
+    guests = find_guests()
+    if wanted == "all" and not given_path:
+        return guests
+    matching = [guest for guest in guests if guest.name == wanted or str(guest.pid) == wanted]
+    if not matching:
+        names = ", ".join(f"{guest.name} ({guest.pid})" for guest in guests) or "none"
+        raise NoSuchDomainError(f"no QEMU guest is called {wanted}", remedy=f"guests that run here: {names}")
+    if len(matching) > 1:
+        pids = ", ".join(str(guest.pid) for guest in matching)
+        raise NoSuchDomainError(f"{len(matching)} guests are called {wanted}", remedy=f"name one by its pid: {pids}")
+    if not given_path:
+        return matching
+    guest = matching[0]
+    return [
+        GuestProcess(guest.pid, guest.start_ticks, guest.name, guest.arguments, Path(given_path), libvirt=False),
+    ]
+
+
+def _start_ticks(pid: int) -> int:
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat[stat.rindex(")") + 2 :].split()[19])  # the program's name may hold spaces and brackets
+
+
+def _options(argument: str) -> dict[str, str]:
+    # QEMU's "first,key=value,..." with ",," for a comma; the first may lack its key.
+    options: dict[str, str] = {}
+    for number, part in enumerate(argument.replace(",,", "\0").split(",")):
+        key, separator, value = part.replace("\0", ",").partition("=")
+        if separator:
+            options[key] = value
+        elif number == 0:
+            options[""] = key
+        else:
+            options[key] = "on"
+    return options
+
+
+def _arguments_of(arguments: Sequence[str], *names: str) -> Iterator[str]:
+    # The values of an option that may be given with one dash or two.
+    for argument, value in itertools.pairwise(arguments):
+        if argument.startswith("-") and argument.lstrip("-") in names:
+            yield value
+
+
+def _name_of(arguments: Sequence[str]) -> str:
+    for value in _arguments_of(arguments, "name"):
+        options = _options(value)
+        return options.get("guest") or options.get("", "")
+    return ""
+
+
+def _qmp_socket(arguments: Sequence[str]) -> tuple[str, bool]:
+    """The path of the first QMP socket on a command line (or nothing), and whether libvirt holds it."""
+    for value in _arguments_of(arguments, "qmp", "qmp-pretty"):
+        if value.startswith("unix:"):
+            return _options(value.removeprefix("unix:")).get("", ""), False
+    chardevs = {
+        options.get("id", ""): options
+        for options in map(_options, _arguments_of(arguments, "chardev"))
+        if options.get("") == "socket"
+    }
+    libvirt = False
+    for options in map(_options, _arguments_of(arguments, "mon")):
+        if options.get("mode") != "control":
+            continue
+        name = options.get("chardev") or options.get("", "")
+        chardev = chardevs.get(name, {})
+        # libvirt makes the socket itself, passes it as a descriptor, and stays connected.
+        if name == "charmonitor" or "fd" in chardev:
+            libvirt = True
+        elif path := chardev.get("path"):
+            return path, False
+    return "", libvirt
+
+
+def _seen_from_here(pid: int, path: str) -> Path:
+    # Relative paths are relative to QEMU's folder; both are looked up in its own root, which in a container is another.
+    if path.startswith("/"):
+        return Path(f"/proc/{pid}/root") / path.lstrip("/")
+    return Path(f"/proc/{pid}/cwd") / path
+
+
+# -- where its memory is -----------------------------------------------------------------------------------------------
+
+
+def memory_layout(monitor: Monitor) -> list[RamRange]:
+    """The guest's RAM as QEMU lays it out now, in order of gfn: no ROM, no device memory, whole pages only.
+
+    :raises MonitorError: this QEMU lacks one of the commands.
+    """
+    backends = {str(device["id"]) for device in monitor.execute("query-memdev") if "id" in device}
+    ranges: list[RamRange] = []
+    for first, last, block in parse_flat_view(monitor.human("info mtree -f")):
+        if not (block.removeprefix("/objects/") in backends or block.endswith(".ram")):
+            continue
+        start, end = -(-first // PAGE_SIZE) * PAGE_SIZE, (last + 1) // PAGE_SIZE * PAGE_SIZE
+        if start >= end:
+            continue
+        answer = monitor.human(f"gpa2hva {start:#x}")
+        address = _HOST_ADDRESS.search(answer)
+        if address is None:
+            raise MonitorError(
+                f"QEMU does not say where guest address {start:#x} is: {answer.strip()}",
+                command="gpa2hva",
+                kind="GenericError",
+            )
+        ranges.append(RamRange(Gfn(start >> PAGE_SHIFT), (end - start) >> PAGE_SHIFT, int(address[1], 16), block))
+    return _joined(ranges)
+
+
+def parse_flat_view(text: str) -> list[tuple[int, int, str]]:
+    """The RAM ranges (first address, last address, name of the memory region) of the system address space.
+
+    :param text: what ``info mtree -f`` prints.
+    """
+    ranges = []
+    for view in text.split("FlatView #")[1:]:
+        if ' AS "memory"' not in view:
+            continue
+        for line in view.splitlines():
+            found = _FLAT_RANGE.match(line)
+            if found and found[3] == "ram":
+                ranges.append((int(found[1], 16), int(found[2], 16), found[4]))
+    return ranges
+
+
+def _joined(ranges: list[RamRange]) -> list[RamRange]:
+    joined: list[RamRange] = []
+    for each in sorted(ranges, key=lambda ram: ram.first_gfn):
+        last = joined[-1] if joined else None
+        if last and (last.first_gfn + last.pages, last.end_hva, last.block) == (each.first_gfn, each.hva, each.block):
+            joined[-1] = RamRange(last.first_gfn, last.pages + each.pages, last.hva, last.block)
+        else:
+            joined.append(each)
+    return joined
+
+
+# -- may it be touched -------------------------------------------------------------------------------------------------
+
+
+def host_refusals() -> tuple[Refusal, ...]:
+    """Reasons that lie in this host and hold for every guest."""
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        return (
+            Refusal(
+                f"this is {platform.system()} on {platform.machine()}",
+                "live sharing works on x86-64 Linux only; estimate from memory images instead",
+            ),
+        )
+    try:
+        features = syscalls.userfaultfd_features()
+    except PermissionError:
+        return (
+            Refusal(
+                "this user may not use userfaultfd", "run as root (capabilities SYS_PTRACE, SYS_ADMIN and SYS_NICE)"
+            ),
+        )
+    except OSError as error:
+        return (
+            Refusal(
+                f"the kernel has no userfaultfd ({error.strerror})", "use Linux 6.1 or later with CONFIG_USERFAULTFD"
+            ),
+        )
+    needed = syscalls.UFFD_FEATURE_PAGEFAULT_FLAG_WP | syscalls.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    if features & needed != needed:
+        return (Refusal("the kernel's userfaultfd cannot write-protect", "use Linux 6.1 or later"),)
+    return ()
+
+
+def refusals(guest: GuestProcess, monitor: Monitor | None, layout: Sequence[RamRange]) -> tuple[Refusal, ...]:
+    """Every reason why this guest must not be touched; empty if there is none.
+
+    A seccomp filter is not judged here: that takes stopping the guest's main thread for a moment, which attaching does.
+
+    :param monitor: None if its QMP socket cannot be used, which is a reason.
+    :param layout: what ``memory_layout`` said.
+    """
+    found = [*host_refusals(), *_process_refusals(guest)]
+    try:
+        mappings = parse_maps(Path(f"/proc/{guest.pid}/maps").read_text())
+        found += mapping_refusals(mappings, layout, _on_hugetlbfs(guest.pid, mappings))
+    except OSError as error:
+        found.append(_unreadable(error))
+    if monitor is None:
+        found.append(_no_monitor(guest))
+    else:
+        found += _machine_refusals(monitor)
+    return tuple(found)
+
+
+def _no_monitor(guest: GuestProcess) -> Refusal:
+    if guest.libvirt:
+        return Refusal(
+            "libvirt holds its QMP socket",
+            "give it a second one: <qemu:commandline> with -qmp unix:/path,server=on,wait=off; then qemu:NAME@/path",
+        )
+    return Refusal("it has no QMP socket", "start QEMU with -qmp unix:/path,server=on,wait=off")
+
+
+def _unreadable(error: OSError) -> Refusal:
+    if error.errno in {errno.ENOENT, errno.ESRCH}:
+        return Refusal("it has exited", "start it again")
+    return Refusal("this user may not look into the process", "run as root (capability SYS_PTRACE)")
+
+
+def _process_refusals(guest: GuestProcess) -> list[Refusal]:
+    found = []
+    process = Path(f"/proc/{guest.pid}")
+    try:
+        with (process / "exe").open("rb") as program:
+            header = program.read(20)
+        status = (process / "status").read_text()
+        descriptors = [_link(entry) for entry in (process / "fd").iterdir()]
+    except OSError as error:
+        return [_unreadable(error)]
+    if len(header) < 20 or header[4] != 2 or int.from_bytes(header[18:20], "little") != _ELF_X86_64:
+        found.append(Refusal("QEMU itself is no x86-64 program", "run QEMU for the host's own processor"))
+    if any(link.startswith("/dev/vfio/") or link == "anon_inode:[vfio-device]" for link in descriptors):
+        found.append(
+            Refusal("it has a passed-through device (VFIO)", "remove the device: its DMA needs every page in place")
+        )
+    found += status_refusals(status)
+    return found
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.fspath(path.readlink())
+    except OSError:  # closed meanwhile
+        return ""
+
+
+def status_refusals(status: str) -> list[Refusal]:
+    """The reasons that /proc/PID/status shows: locked or pinned memory, shadow stacks.
+
+    :param status: contents of that file.
+    """
+    found = []
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    locked, pinned = (int(fields.get(name, "0").split()[0]) for name in ("VmLck", "VmPin"))
+    if locked:
+        found.append(Refusal(f"{locked} KiB of its memory are locked", "start QEMU without -overcommit mem-lock=on"))
+    if pinned:
+        found.append(
+            Refusal(
+                f"{pinned} KiB of its memory are pinned for DMA",
+                "remove what pins it: VFIO, vDPA, RDMA, registered io_uring buffers",
+            )
+        )
+    if "shstk" in fields.get("x86_Thread_features", ""):
+        found.append(Refusal("it runs with a shadow stack", "start QEMU with GLIBC_TUNABLES=glibc.cpu.hwcaps=-SHSTK"))
+    return found
+
+
+def _on_hugetlbfs(pid: int, mappings: Sequence[Mapping]) -> set[int]:
+    # The inodes of those mapped files whose pages are larger than pages are.
+    found = set()
+    for mapping in mappings:
+        if mapping.inode and mapping.inode not in found and mapping.writable:
+            try:
+                file = Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
+                if os.statvfs(file).f_bsize > PAGE_SIZE:
+                    found.add(mapping.inode)
+            except OSError:  # unmapped meanwhile
+                continue
+    return found
+
+
+def mapping_refusals(
+    mappings: Sequence[Mapping], layout: Sequence[RamRange], huge_inodes: Collection[int] = ()
+) -> list[Refusal]:
+    """The reasons that show in how the guest's RAM is mapped: only private anonymous memory can be shared.
+
+    :param huge_inodes: the files among the mappings that lie on hugetlbfs.
+    """
+    found = []
+    for ram in layout:
+        covered = 0
+        for mapping in mappings:
+            overlap = min(mapping.end, ram.end_hva) - max(mapping.start, ram.hva)
+            if overlap <= 0:
+                continue
+            covered += overlap
+            if group_of(mapping) is not None:
+                continue
+            if "hugepage" in mapping.path or (mapping.inode and mapping.inode in huge_inodes):
+                found.append(
+                    Refusal(
+                        f"its RAM {ram.block} is of hugetlbfs", "use ordinary memory; transparent huge pages are fine"
+                    )
+                )
+            elif mapping.shared:
+                found.append(
+                    Refusal(
+                        f"its RAM {ram.block} is shared memory", "use a memory backend with share=off (no vhost-user)"
+                    )
+                )
+            elif mapping.inode:
+                found.append(Refusal(f"its RAM {ram.block} is a mapped file", "use memory-backend-ram"))
+            elif not (mapping.readable and mapping.writable):
+                found.append(Refusal(f"its RAM {ram.block} is not writable to QEMU itself", "use memory-backend-ram"))
+            else:
+                continue
+            break
+        else:
+            if covered != ram.pages * PAGE_SIZE:
+                found.append(
+                    Refusal(f"its RAM {ram.block} is not where QEMU says it is", "look again; report it if it stays")
+                )
+    return list(dict.fromkeys(found))
+
+
+def _machine_refusals(monitor: Monitor) -> list[Refusal]:
+    found = []
+    state = str(monitor.execute("query-status")["status"])
+    migration = str(monitor.execute("query-migrate").get("status", "none"))
+    if state in _MIGRATION_STATES or migration in _MIGRATION_UNDER_WAY:
+        found.append(Refusal("it is being migrated or saved", "wait until that has ended"))
+    confidential = _property(monitor, "/machine", "confidential-guest-support")
+    if confidential or _answer(monitor, "query-sev", {}).get("enabled"):
+        found.append(Refusal("its memory is encrypted (SEV, TDX)", "nothing: encrypted pages are never equal"))
+    if any(device["type"] == "virtio-mem" for device in monitor.execute("query-memory-devices")):
+        found.append(Refusal("it has a virtio-mem device, which discards RAM", "remove the device"))
+    for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
+        for device in monitor.execute("qom-list", {"path": folder}):
+            path = f"{folder}/{device['name']}"
+            if "balloon" in str(device["type"]) and _property(monitor, path, "free-page-reporting"):
+                found.append(Refusal("its balloon reports free pages, which discards RAM", "free-page-reporting=off"))
+    return found
+
+
+def _answer(monitor: Monitor, command: str, default: Any) -> Any:
+    try:
+        return monitor.execute(command)
+    except MonitorError:  # a QEMU that was built without the command has nothing to say about it
+        return default
+
+
+def _property(monitor: Monitor, path: str, name: str) -> Any:
+    try:
+        return monitor.execute("qom-get", {"path": path, "property": name})
+    except MonitorError:
+        return None
+
+
+def direct_drives(monitor: Monitor) -> list[Drive]:
+    """The drives that read by DMA of the host into guest RAM: O_DIRECT (cache.direct), aio=native or io_uring.
+
+    Such a read has its pages pinned when it starts; protecting them later does not stop it.
+
+    Source: ``query-named-block-nodes``.
+    """
+    return [
+        Drive(str(node["node-name"]), "cache.direct=on")
+        for node in monitor.execute("query-named-block-nodes")
+        if node["cache"]["direct"]
+    ]
+
+
+# -- the list ----------------------------------------------------------------------------------------------------------
+
+
+def guest_state(monitor: Monitor) -> str:
+    """QEMU's word for what the guest is doing."""
+    return str(monitor.execute("query-status")["status"])
+
+
+def explain(error: MemshrError) -> Refusal:
+    """An error of connecting to a guest, as a reason."""
+    text, _, remedy = str(error).partition("; ")
+    return Refusal(text, remedy or "look again")

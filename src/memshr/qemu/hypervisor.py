@@ -1,0 +1,1274 @@
+"""The seam on running QEMU guests: Xen's calls, done with write protection and copy-on-write of the Linux kernel.
+
+What makes this hard: the guests run, and the books are not ours. Who is on which frame is known to the kernel alone
+(/proc/PID/maps says which frame is mapped at a page, the pagemap whether the page still is that frame or already the
+guest's own copy), because the kernel does copy-on-write without telling anybody. So this keeps as little as it can and
+asks for the rest:
+
+* ``_frame``: the frame that is mapped at each page, as maps says; rebuilt from there at every start (I11). Whether the
+  page still *is* the frame is read from the pagemap whenever it matters.
+* ``_phase`` and ``_handle``: which pages are nominated, and in flight. They live and die with this process: handles are
+  names of versions, and nobody can know what happened to a page while nobody watched.
+
+The rules:
+
+1. A nominated page is write-protected; a write to it kills the handle first, then goes on (``WriteWatch``).
+2. Between taking a page *in flight* and the end of its remapping, its writers wait. In flight is taken under the lock
+   and only from a living handle, so what was compared is what gets shared.
+3. Whatever is remapped is protected while that is so, and a table that is under way when we die still ends under
+   protection (``agent``).
+4. A frame is punched only after the pagemap of every guest has said that nobody reads it.
+5. Pages of different trust groups never meet: they have different pools, and share refuses (I10).
+
+Frame numbers (mfn) are ``pool << 32 | frame`` with the pool's place in ``_pools``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memshr.errors import (
+    BackendError,
+    ConnectionLostError,
+    HostMemoryError,
+    InvariantError,
+    MemshrError,
+    NoSuchDomainError,
+    RefusedDomainError,
+    SharingDisabledError,
+    Status,
+    UnsupportedError,
+)
+from memshr.hypervisor import Capability, error_of
+from memshr.qemu import pagemap
+from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment
+from memshr.qemu.guests import GuestProcess, find_guests
+from memshr.qemu.lock import GuestLock
+from memshr.qemu.pool import FramePool
+from memshr.qemu.protection import WriteWatch
+from memshr.types import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    AuditFinding,
+    AuditReport,
+    Counters,
+    DomainInfo,
+    DomId,
+    Gfn,
+    GrantRef,
+    Handle,
+    Handles,
+    Mfn,
+    PageArray,
+    PageBytes,
+    Statuses,
+)
+
+Ids = NDArray[np.int64]
+"""pages of all guests in one count: those of the first guest, then those of the second, ..."""
+
+_POOL_SHIFT: Final = 32
+_NOWHERE: Final = -1
+_FIRST_HANDLE: Final = 2
+_PLAIN, _NOMINATED, _IN_FLIGHT = 0, 1, 2
+_WINDOW_PAGES: Final = MOVED_PAGES
+_DEFAULT_RESERVE_BYTES: Final = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFigures:
+    """What one guest shares, as the kernel says. Pages.
+
+    ``sharing_pages`` lie on a frame; ``copied_pages`` lie in a pool's mapping but were written since, so they cost a
+    mapping (``fold_back`` mends it); ``absent_pages`` cost the host nothing: never touched, or given back as zeros.
+    """
+
+    domid: DomId
+    name: str
+    pid: int
+    group: str
+    ram_pages: int
+    sharing_pages: int
+    copied_pages: int
+    nominated_pages: int
+    absent_pages: int
+    mappings_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFigures:
+    """One frame pool. ``used_frames`` are read by somebody, ``backed_bytes`` is what the host spends on it."""
+
+    group: str
+    used_frames: int
+    sharing_pages: int
+    backed_bytes: int
+
+
+class _PoolBooks:
+    """A pool with what is known of each of its frames: its handle and the sum of its contents (0: none)."""
+
+    def __init__(self, pool: FramePool, *, whole: bool) -> None:
+        self.pool = pool
+        self.whole = whole
+        """whether every process that has it mapped is a guest of ours: only then may frames be added or given back"""
+        self.handles = np.zeros(0, dtype=np.uint64)
+        self.sums = np.zeros(0, dtype=np.uint64)
+        self.grow()
+
+    def grow(self) -> None:
+        """Make room for every frame number that was given out."""
+        missing = self.pool.frames - len(self.handles)
+        if missing > 0:
+            room = np.zeros(max(missing, len(self.handles)), dtype=np.uint64)
+            self.handles = np.concatenate([self.handles, room])
+            self.sums = np.concatenate([self.sums, room])
+
+
+class QemuHypervisor:
+    """Some running QEMU guests as a ``memshr.hypervisor.Hypervisor``. A context manager.
+
+    Opening looks only; the first nomination of a guest's page, or ``control``, attaches to the guest. ``close`` ends
+    all nominations and leaves what is shared shared.
+
+    :param processes: the guests; they get the domids 1, 2, ... in this order.
+    :param groups: name of a trust group -> names of its guests. A guest that is in none is a group of its own.
+    :param reserve_bytes: sharing and unsharing stop before the host's MemAvailable falls below this.
+    :raises NoSuchDomainError: a guest has ended, or ``groups`` names one that is not there.
+    :raises RefusedDomainError: another memshr has a guest in hand.
+    :raises BackendError: a guest's monitor cannot be used.
+    """
+
+    def __init__(
+        self,
+        processes: Sequence[GuestProcess],
+        *,
+        groups: Mapping[str, Collection[str]] | None = None,
+        reserve_bytes: int = _DEFAULT_RESERVE_BYTES,
+    ) -> None:
+        self._reserve_bytes = reserve_bytes
+        self._locks: dict[int, GuestLock] = {}
+        self._guests: list[Attachment] = []
+        self._pools: list[_PoolBooks] = []
+        self._watch: WriteWatch | None = None
+        self._lock = threading.Lock()
+        try:
+            for number, process in enumerate(processes, start=1):
+                self._guests.append(Attachment(DomId(number), process))
+            self._groups = _group_of_each(processes, groups or {})
+            sizes = [guest.pages for guest in self._guests]
+            self._base = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+            total = int(self._base[-1])
+            self._frame = np.full(total, _NOWHERE, dtype=np.int64)
+            self._phase = np.zeros(total, dtype=np.uint8)
+            self._handle = np.zeros(total, dtype=np.uint64)
+            self._next_handle = _FIRST_HANDLE
+            self._enabled = [False] * len(self._guests)
+            self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
+            self._weights += np.uint64(1)
+            self._buffer = np.empty((512, PAGE_SIZE), dtype=np.uint8)
+            self._primary: dict[str, int] = {}
+            for guest in self._guests:
+                self._rebuild(guest)
+            self._watch = WriteWatch(self._on_writes, self._on_end, self._on_failure)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> QemuHypervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all nominations and sessions, close every file. What is shared stays shared."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        for guest in self._guests:
+            guest.close()
+        for pool in self._pools:
+            pool.pool.close()
+        for lock in self._locks.values():
+            lock.release()
+        self._guests, self._pools, self._locks = [], [], {}
+
+    # -- the truth of the host -------------------------------------------------------------------------------------
+
+    def _rebuild(self, guest: Attachment) -> None:
+        """Read from maps which frame is mapped at each page of a guest."""
+        base = int(self._base[guest.domid - 1])
+        frames, findings = self._mapped_frames(guest)
+        if findings:
+            raise InvariantError("; ".join(str(finding) for finding in findings))
+        self._frame[base : base + guest.pages] = frames
+        guest.in_pool[:] = frames != _NOWHERE
+
+    def _mapped_frames(self, guest: Attachment) -> tuple[NDArray[np.int64], list[AuditFinding]]:
+        frames = np.full(guest.pages, _NOWHERE, dtype=np.int64)
+        findings = []
+        known: dict[int, int] = {books.pool.inode: number for number, books in enumerate(self._pools)}
+        for mapping, group in guest.pool_mappings():
+            number = known.get(mapping.inode)
+            if number is None:
+                try:
+                    pool = FramePool.adopt(guest.process.pid, mapping)
+                except OSError as error:
+                    raise guest.gone() from error
+                if pool is None:
+                    findings.append(
+                        AuditFinding(
+                            "I10",
+                            guest.domid,
+                            None,
+                            None,
+                            "frame pools that memshr made",
+                            f"a mapping at {mapping.start:#x} that only calls itself a pool of {group}",
+                            "the guest's QEMU pretends to share",
+                        )
+                    )
+                    continue
+                number = len(self._pools)
+                known[pool.inode] = number
+                self._pools.append(_PoolBooks(pool, whole=self._sees_all(pool)))
+                if self._pools[number].whole:
+                    self._primary.setdefault(pool.group, number)
+            hvas = np.arange(mapping.start, mapping.end, PAGE_SIZE, dtype=np.int64)
+            pages = guest.pages_of_hvas(hvas)
+            first = (number << _POOL_SHIFT) + (mapping.offset >> PAGE_SHIFT)
+            inside = pages >= 0
+            frames[pages[inside]] = first + np.flatnonzero(inside)
+        return frames, findings
+
+    def _on_frame(self, ids: Ids) -> NDArray[np.bool_]:
+        """Which pages are on a frame now, by the pagemap. The pages of guests that have ended are not."""
+        found = np.asarray(self._frame[ids] != _NOWHERE)
+        mapped = np.flatnonzero(found)
+        for guest, rows in self._by_guest(ids[mapped]):
+            some = mapped[rows]
+            try:
+                found[some] = pagemap.on_frame(guest.entries(self._local(guest, ids[some])))
+            except NoSuchDomainError:
+                found[some] = False
+        return found
+
+    def _readers(self) -> tuple[Ids, NDArray[np.int64]]:
+        """Every page that is on a frame now, and its frame."""
+        ids = np.flatnonzero(self._frame != _NOWHERE)
+        ids = ids[self._on_frame(ids)]
+        return ids, self._frame[ids]
+
+    def _by_guest(self, ids: Ids) -> list[tuple[Attachment, NDArray[np.int64]]]:
+        # Each guest that has some of these pages, with the rows of ``ids`` that are its.
+        row = np.searchsorted(self._base, ids, side="right") - 1
+        return [(self._guests[int(each)], np.flatnonzero(row == each)) for each in np.unique(row)]
+
+    def _local(self, guest: Attachment, ids: Ids) -> NDArray[np.int64]:
+        return np.asarray(ids - self._base[guest.domid - 1])
+
+    def _guest(self, domid: int, call: str) -> Attachment:
+        if 0 < domid <= len(self._guests) and not self._guests[domid - 1].dead:
+            return self._guests[domid - 1]
+        raise error_of(call, Status.EPERM if domid == 0 else Status.ESRCH, domid=domid)
+
+    def _ids(self, pages: PageArray) -> tuple[Ids, Statuses]:
+        """The ids of pages (-1 where there is none), and ESRCH, EPERM or EINVAL for those."""
+        ids = np.full(len(pages), -1, dtype=np.int64)
+        statuses = np.full(len(pages), Status.ESRCH, dtype=np.int32)
+        statuses[pages.domids == 0] = Status.EPERM
+        for domid in np.unique(pages.domids).tolist():
+            if not 0 < domid <= len(self._guests) or self._guests[domid - 1].dead:
+                continue
+            rows = np.flatnonzero(pages.domids == domid)
+            local = self._guests[domid - 1].pages_of_gfns(pages.gfns[rows])
+            ids[rows] = np.where(local >= 0, local + self._base[domid - 1], -1)
+            statuses[rows] = np.where(local >= 0, Status.OK, Status.EINVAL)
+        return ids, statuses
+
+    def _note_end(self, guest: Attachment, error: MemshrError) -> None:
+        # A guest that has ended is left out from now on; one that lives but does not answer is the caller's to know.
+        if guest.process.running and not guest.dead:
+            raise error
+        guest.dead = True
+
+    def _place(self, page: int) -> tuple[DomId, Gfn]:
+        guest = self._guests[int(np.searchsorted(self._base, page, side="right")) - 1]
+        return guest.domid, Gfn(int(guest.gfns_of_pages(np.array([page - self._base[guest.domid - 1]]))[0]))
+
+    # -- what the write watch calls, in its thread -----------------------------------------------------------------
+
+    def _on_writes(self, uffd: int, addresses: NDArray[np.int64]) -> None:
+        guest = next((each for each in self._guests if each.session and each.session.uffd == uffd), None)
+        if guest is None:
+            return
+        local = guest.pages_of_hvas(addresses)
+        local = np.unique(local[local >= 0])
+        ids = local + self._base[guest.domid - 1]
+        with self._lock:
+            standing = self._phase[ids] != _IN_FLIGHT
+            self._phase[ids[standing]] = _PLAIN
+            self._handle[ids[standing]] = 0
+            # Inside the lock: once it is open, the page may be nominated, and so protected, anew.
+            try:
+                guest.unprotect(local[standing])
+            except NoSuchDomainError:
+                guest.dead = True
+
+    def _on_failure(self) -> None:
+        # Nobody hears of writes any more: without sessions nothing is protected and nobody waits.
+        for guest in self._guests:
+            if guest.session is not None:
+                guest.session.abandon()
+
+    def _on_end(self, uffd: int) -> None:
+        for guest in self._guests:
+            if guest.session and guest.session.uffd == uffd:
+                guest.dead = True
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """LIVE and ZERO."""
+        return frozenset({Capability.LIVE, Capability.ZERO})
+
+    def domains(self) -> Sequence[DomainInfo]:
+        """The guests that are still there, in order of domid."""
+        found = []
+        for guest in self._guests:
+            try:
+                found.append(self.domain_info(guest.domid))
+            except NoSuchDomainError:
+                continue
+        return found
+
+    def domain_info(self, domid: DomId) -> DomainInfo:
+        """As the seam says; costs a look at the pagemap of the guest's shared pages."""
+        guest = self._guest(domid, "domain_info")
+        figures = self._figures(guest)
+        shared = figures.sharing_pages + figures.nominated_pages
+        return DomainInfo(
+            domid=domid,
+            name=guest.process.name,
+            tot_pages=guest.pages - shared,
+            shr_pages=shared,
+            max_pages=guest.pages,
+            dying=False,
+        )
+
+    def populated_ranges(self, domid: DomId) -> NDArray[np.int64]:
+        """As the seam says: QEMU's RAM ranges."""
+        guest = self._guest(domid, "populated_ranges")
+        ranges: list[list[int]] = []
+        for first, pages in zip(guest.first_gfns.tolist(), guest.range_pages.tolist(), strict=True):
+            if ranges and sum(ranges[-1]) == first:
+                ranges[-1][1] += pages
+            else:
+                ranges.append([first, pages])
+        return np.array(ranges, dtype=np.int64).reshape(-1, 2)
+
+    def backed(self, pages: PageArray) -> NDArray[np.bool_]:
+        """Which pages the host spends memory on: neither absent nor the kernel's zero page. A shared page is."""
+        found = np.zeros(len(pages), dtype=np.bool_)
+        ids, _ = self._ids(pages)
+        there = np.flatnonzero(ids >= 0)
+        for guest, rows in self._by_guest(ids[there]):
+            entries = guest.entries(self._local(guest, ids[there[rows]]))
+            in_pool = self._frame[ids[there[rows]]] != _NOWHERE
+            found[there[rows]] = in_pool | (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries))
+        return found
+
+    def read_range(self, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:
+        """As the seam says. Absent pages are not touched: they are filled with zeros here."""
+        guest = self._guest(domid, "read_range")
+        local = guest.pages_of_gfns(np.arange(first, first + count, dtype=np.int64))
+        if (local < 0).any():
+            raise error_of("read_range", Status.EINVAL, domid=domid, gfn=int(first + np.flatnonzero(local < 0)[0]))
+        rows = buffer[:count]
+        if count:
+            guest.read_run(int(local[0]), rows)
+        return rows
+
+    def read_pages(self, pages: PageArray, out: PageBytes) -> Statuses:
+        """As the seam says: one system call for 1,024 pages."""
+        ids, statuses = self._ids(pages)
+        good = np.flatnonzero(statuses == Status.OK)
+        for guest, rows in self._by_guest(ids[good]):
+            where = good[rows]
+            try:
+                if len(where) == len(pages):
+                    guest.read_scattered(self._local(guest, ids), out[: len(pages)])
+                else:
+                    contents = np.empty((len(where), PAGE_SIZE), dtype=np.uint8)
+                    guest.read_scattered(self._local(guest, ids[where]), contents)
+                    out[where] = contents
+            except NoSuchDomainError:
+                statuses[where] = Status.ESRCH
+        return statuses
+
+    # -- one page --------------------------------------------------------------------------------------------------
+
+    def control(self, domid: DomId, enable: bool) -> None:
+        """Attach to a guest, or note that it must not be named second any more. Disabling unshares nothing.
+
+        :raises RefusedDomainError: the guest must not be touched; ``reasons`` has each reason with its remedy.
+        """
+        guest = self._guest(domid, "control")
+        if enable and guest.session is None:
+            if domid not in self._locks:
+                self._locks[domid] = GuestLock(guest.process.pid, guest.process.name)
+            self._rebuild(guest)  # another memshr may have been at work until now
+            guest.attach()
+            assert guest.session is not None
+            assert self._watch is not None
+            self._watch.add(guest.session.uffd)
+        self._enabled[domid - 1] = enable
+
+    def nominate_gfn(self, domid: DomId, gfn: Gfn) -> Handle:
+        """As the seam says."""
+        self.control(domid, True)
+        handles, statuses = self.nominate_gfns(_one(domid, gfn))
+        if statuses[0]:
+            raise error_of("nominate_gfn", int(statuses[0]), domid=domid, gfn=gfn)
+        return Handle(int(handles[0]))
+
+    def share_gfns(
+        self,
+        source_domid: DomId,
+        source_gfn: Gfn,
+        source_handle: Handle,
+        client_domid: DomId,
+        client_gfn: Gfn,
+        client_handle: Handle,
+    ) -> None:
+        """As the seam says; also RefusedDomainError (EXDEV) for domains of different trust groups."""
+        self.control(source_domid, True)
+        self._guest(client_domid, "share_gfns")
+        if not self._enabled[client_domid - 1]:
+            raise SharingDisabledError(
+                f"share_gfns: sharing is not enabled on domain {client_domid}", call="share_gfns", domid=client_domid
+            )
+        if self._groups[source_domid - 1] != self._groups[client_domid - 1]:
+            text = f"domains {source_domid} and {client_domid} are in different trust groups"
+            raise RefusedDomainError(
+                f"share_gfns: {text}",
+                reasons=[text],
+                call="share_gfns",
+                status=Status.EXDEV,
+                domid=client_domid,
+                remedy="name a group that has both, if they may trust each other",
+            )
+        status = self.share_gfns_many(
+            _one(source_domid, source_gfn),
+            np.array([source_handle], dtype=np.uint64),
+            _one(client_domid, client_gfn),
+            np.array([client_handle], dtype=np.uint64),
+        )[0]
+        if status:
+            side = status == Status.C_HANDLE_INVALID
+            domid, gfn = (client_domid, client_gfn) if side else (source_domid, source_gfn)
+            raise error_of("share_gfns", int(status), domid=domid, gfn=gfn)
+
+    def unshare_gfn(self, domid: DomId, gfn: Gfn) -> None:
+        """As the seam says."""
+        status = self.unshare_gfns(_one(domid, gfn))[0]
+        if status:
+            raise error_of("unshare_gfn", int(status), domid=domid, gfn=gfn)
+
+    def debug_gfn(self, domid: DomId, gfn: Gfn) -> int:
+        """As the seam says: looks at the pagemap of everybody who has the frame mapped."""
+        ids, statuses = self._ids(_one(domid, gfn))
+        if statuses[0]:
+            raise error_of("debug_gfn", int(statuses[0]), domid=domid, gfn=gfn)
+        if self._phase[ids[0]] == _NOMINATED:
+            return 1
+        if not self._on_frame(ids)[0]:
+            raise error_of("debug_gfn", Status.EINVAL, domid=domid, gfn=gfn)
+        sharers = np.flatnonzero(self._frame == self._frame[ids[0]])
+        return int(self._on_frame(sharers).sum())
+
+    # -- nominate --------------------------------------------------------------------------------------------------
+
+    def nominate_gfns(self, pages: PageArray) -> tuple[Handles, Statuses]:
+        """As the seam says. A guest that cannot be attached answers EXDEV; ``control`` says why.
+
+        A guest with drives that read past any protection is stopped for a moment, until their requests have ended.
+        """
+        self._check_watch()
+        ids, statuses = self._ids(pages)
+        for domid in np.unique(pages.domids[statuses == Status.OK]).tolist():
+            try:
+                self.control(DomId(domid), True)
+            except MemshrError:
+                statuses[pages.domids == domid] = Status.EXDEV
+        handles = np.zeros(len(pages), dtype=np.uint64)
+        good = np.flatnonzero(statuses == Status.OK)
+        distinct, inverse = np.unique(ids[good], return_inverse=True)
+        given, answers = self._nominate(distinct)
+        handles[good], statuses[good] = given[inverse], answers[inverse]
+        return handles, statuses
+
+    def _nominate(self, ids: Ids) -> tuple[Handles, Statuses]:
+        # ``ids`` ascend and are distinct.
+        handles = np.zeros(len(ids), dtype=np.uint64)
+        statuses = np.zeros(len(ids), dtype=np.int32)
+        shared = self._on_frame(ids)
+        handles[shared] = self._give_frame_handles(self._frame[ids[shared]])
+        with self._lock:
+            already = ~shared & (self._phase[ids] == _NOMINATED)
+            handles[already] = self._handle[ids[already]]
+            fresh = ~shared & ~already
+            new = self._new_handles(int(fresh.sum()))
+            self._handle[ids[fresh]] = handles[fresh] = new
+            self._phase[ids[fresh]] = _NOMINATED  # before the protection: the watch must know what it is told of
+        rows = np.flatnonzero(fresh)
+        for guest, some in self._by_guest(ids[rows]):
+            mine = ids[rows[some]]
+            try:
+                guest.protect(self._local(guest, mine))
+                if guest.must_drain:
+                    guest.drain()
+            except (NoSuchDomainError, ConnectionLostError) as error:
+                self._note_end(guest, error)
+                statuses[rows[some]] = Status.ESRCH
+            except HostMemoryError:
+                statuses[rows[some]] = Status.ENOMEM
+        failed = statuses != Status.OK
+        with self._lock:
+            self._phase[ids[failed]] = _PLAIN
+            self._handle[ids[failed]] = 0
+        handles[failed] = 0
+        return handles, statuses
+
+    def _new_handles(self, count: int) -> Handles:
+        first = self._next_handle
+        self._next_handle += count
+        return np.arange(first, first + count, dtype=np.uint64)
+
+    def _give_frame_handles(self, frames: NDArray[np.int64]) -> Handles:
+        # A frame that was shared by an earlier memshr gets its handle when somebody asks.
+        handles = np.zeros(len(frames), dtype=np.uint64)
+        for books, rows, numbers in self._by_pool(frames):
+            without = np.unique(numbers[books.handles[numbers] == 0])
+            books.handles[without] = self._new_handles(len(without))
+            handles[rows] = books.handles[numbers]
+        return handles
+
+    def _by_pool(self, frames: NDArray[np.int64]) -> list[tuple[_PoolBooks, NDArray[np.int64], NDArray[np.int64]]]:
+        # Each pool that has some of these frames, with the rows of ``frames`` that are its and their numbers in it.
+        pools = frames >> _POOL_SHIFT
+        found = []
+        for number in np.unique(pools).tolist():
+            rows = np.flatnonzero(pools == number)
+            self._pools[number].grow()
+            found.append((self._pools[number], rows, frames[rows] & ((1 << _POOL_SHIFT) - 1)))
+        return found
+
+    # -- share -----------------------------------------------------------------------------------------------------
+
+    def share_gfns_many(
+        self, sources: PageArray, source_handles: Handles, clients: PageArray, client_handles: Handles
+    ) -> Statuses:
+        """As the seam says; EXDEV: different trust groups; ENOMEM: the host has no more memory or mappings."""
+        self._check_watch()
+        source_ids, statuses = self._ids(sources)
+        client_ids, client_statuses = self._ids(clients)
+        both_holes = (statuses == Status.EINVAL) & (client_statuses == Status.EINVAL)
+        # Nothing at a gfn is no shared frame: the handle of that side is not valid. Unknown domains come first.
+        for answers, hole in ((client_statuses, Status.C_HANDLE_INVALID), (statuses, Status.S_HANDLE_INVALID)):
+            answers[answers == Status.EINVAL] = hole
+        statuses = np.where(_of_domain(client_statuses) & ~_of_domain(statuses), client_statuses, statuses)
+        statuses = np.where(statuses == Status.OK, client_statuses, statuses)
+        enabled = np.array([False, *self._enabled])
+        known = (clients.domids > 0) & (clients.domids < len(enabled))
+        disabled = known & ~enabled[np.where(known, clients.domids, 0)]
+        statuses[disabled & ~_of_domain(statuses)] = Status.EINVAL
+        statuses[both_holes & ~disabled] = Status.OK
+        groups = np.array(["", *self._groups])
+        rows = np.flatnonzero((source_ids >= 0) & (client_ids >= 0) & (statuses == Status.OK))
+        apart = groups[sources.domids[rows]] != groups[clients.domids[rows]]
+        statuses[rows[apart]] = Status.EXDEV
+        rows = rows[~apart]
+        for domid in np.unique(sources.domids[rows]).tolist():
+            try:
+                self.control(DomId(domid), True)
+            except MemshrError:
+                statuses[rows[sources.domids[rows] == domid]] = Status.EXDEV
+        rows = rows[statuses[rows] == Status.OK]
+        for domid in np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist():
+            self._hand_over_pools(self._guests[domid - 1])
+        while len(rows):
+            some = rows[:BATCH_PAGES]  # all that is in flight at once
+            some = some[: self._independent(source_ids[some], client_ids[some])]
+            statuses[some] = self._share(source_ids[some], source_handles[some], client_ids[some], client_handles[some])
+            rows = rows[len(some) :]
+        return statuses
+
+    def _independent(self, sources: Ids, clients: Ids) -> int:
+        """How many rows from the first on can be done at once: no row changes what a later one looks at."""
+        both = np.concatenate([sources, clients])
+        shared = self._on_frame(both)
+        things = np.where(shared, -2 - self._frame[both], both)  # a page on a frame stands for its whole frame
+        _, inverse = np.unique(things, return_inverse=True)
+        source, client = inverse[: len(sources)], inverse[len(sources) :]
+        row = np.arange(len(sources))
+        first_source = np.full(inverse.max() + 1, len(sources))
+        first_client = first_source.copy()
+        np.minimum.at(first_source, source, row)
+        np.minimum.at(first_client, client, row)
+        late = (first_client[client] < row) | (first_source[client] < row) | (first_client[source] < row)
+        return int(np.argmax(late)) if late.any() else len(sources)
+
+    def _share(self, sources: Ids, source_handles: Handles, clients: Ids, client_handles: Handles) -> Statuses:
+        """Share independent rows; all pages exist and are in one trust group each row."""
+        statuses = np.zeros(len(sources), dtype=np.int32)
+        source_shared, client_shared = self._on_frame(sources), self._on_frame(clients)
+        same = (sources == clients) | (source_shared & client_shared & (self._frame[sources] == self._frame[clients]))
+        source_frame_handles = self._frame_handles(sources, source_shared)
+        client_frame_handles = self._frame_handles(clients, client_shared)
+        with self._lock:
+            good_source = self._valid(sources, source_handles, source_shared, source_frame_handles)
+            good_client = self._valid(clients, client_handles, client_shared, client_frame_handles)
+            is_shared = source_shared | (self._phase[sources] == _NOMINATED)
+            client_is_shared = client_shared | (self._phase[clients] == _NOMINATED)
+            statuses[~good_client] = Status.C_HANDLE_INVALID
+            statuses[~good_source] = Status.S_HANDLE_INVALID
+            # A side that is no shared frame at all is named before any handle is looked at.
+            statuses[is_shared & ~client_is_shared] = Status.C_HANDLE_INVALID
+            statuses[~is_shared] = Status.S_HANDLE_INVALID
+            statuses[same] = Status.OK
+            rows = np.flatnonzero((statuses == Status.OK) & ~same)
+            new_sources = np.unique(sources[rows[~source_shared[rows]]])
+            single = clients[rows[~client_shared[rows]]]
+            self._phase[new_sources] = _IN_FLIGHT
+            self._phase[single] = _IN_FLIGHT
+        moved, moved_target = self._take_sharers(clients[rows], client_shared[rows], sources[rows])
+        target_of_client = np.concatenate([sources[rows[~client_shared[rows]]], moved_target])
+        movers = np.concatenate([single, moved])
+        old_frames = np.unique(self._frame[moved]) if len(moved) else np.empty(0, dtype=np.int64)
+        try:
+            landed = self._land(new_sources, movers, target_of_client)
+        finally:
+            self._settle(np.concatenate([new_sources, movers]))
+        self._punch_unread(old_frames)
+        # A row is done if both sides are on one frame now.
+        done = self._frame[sources[rows]] == self._frame[clients[rows]]
+        done &= np.isin(clients[rows], landed)
+        statuses[rows[~done]] = Status.ENOMEM
+        return statuses
+
+    def _frame_handles(self, ids: Ids, shared: NDArray[np.bool_]) -> Handles:
+        handles = np.zeros(len(ids), dtype=np.uint64)
+        mapped = np.flatnonzero(shared)
+        for books, rows, numbers in self._by_pool(self._frame[ids[mapped]]):
+            handles[mapped[rows]] = books.handles[numbers]
+        return handles
+
+    def _valid(
+        self, ids: Ids, handles: Handles, shared: NDArray[np.bool_], frame_handles: Handles
+    ) -> NDArray[np.bool_]:
+        nominated = ~shared & (self._phase[ids] == _NOMINATED) & (self._handle[ids] == handles)
+        return np.asarray((nominated | (shared & (frame_handles == handles))) & (handles != 0))
+
+    def _take_sharers(self, clients: Ids, shared: NDArray[np.bool_], targets: Ids) -> tuple[Ids, Ids]:
+        """Protect, and take in flight, every page on the frames of the shared clients.
+
+        :returns: the pages, and for each the source whose frame it is to move to.
+        """
+        frames = self._frame[clients[shared]]
+        if not len(frames):
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        order = np.argsort(frames)
+        ids = np.flatnonzero(np.isin(self._frame, frames))
+        ids = self._hold(ids[self._on_frame(ids)])
+        place = np.searchsorted(frames[order], self._frame[ids])
+        return ids, targets[shared][order[place]]
+
+    def _hold(self, ids: Ids) -> Ids:
+        """Take pages in flight that are on frames, protected; returns those that still were when it held."""
+        with self._lock:
+            self._phase[ids] = _IN_FLIGHT
+        for guest, rows in self._by_guest(ids):
+            try:
+                guest.protect(self._local(guest, ids[rows]))
+            except (NoSuchDomainError, ConnectionLostError) as error:
+                self._note_end(guest, error)
+        kept = self._on_frame(ids)
+        self._settle(ids[~kept])
+        return ids[kept]
+
+    def _land(self, new_sources: Ids, movers: Ids, targets: Ids) -> Ids:
+        """Give new sources fresh frames, and map the frames of their targets over the movers. All are in flight.
+
+        :returns: the movers that are on their target's frame.
+        """
+        if not len(movers):
+            return movers
+        if pagemap.host_available_bytes() - len(new_sources) * PAGE_SIZE < self._reserve_bytes:
+            return movers[:0]
+        for guest, rows in self._by_guest(np.concatenate([new_sources, movers])):
+            if not guest.dead:
+                guest.split_huge_pages(np.sort(self._local(guest, np.concatenate([new_sources, movers])[rows])))
+        try:
+            wanted = self._new_frames(new_sources)
+        except HostMemoryError:
+            return movers[:0]
+        handles = self._handle[new_sources].copy()
+        landed = self._map(new_sources, wanted)
+        for books, rows, numbers in self._by_pool(wanted[landed]):
+            books.handles[numbers] = handles[landed][rows]
+        ready = np.isin(targets, new_sources[landed]) | ~np.isin(targets, new_sources)
+        done = movers[ready][self._map(movers[ready], self._frame[targets[ready]])]
+        self._punch_unread(wanted[~landed])
+        return done
+
+    def _new_frames(self, sources: Ids) -> NDArray[np.int64]:
+        """Copies of the contents of in-flight pages in new frames of their groups' pools."""
+        frames = np.empty(len(sources), dtype=np.int64)
+        for guest, rows in self._by_guest(sources):
+            contents = np.empty((len(rows), PAGE_SIZE), dtype=np.uint8)
+            guest.read_scattered(self._local(guest, sources[rows]), contents)
+            number = self._pool_for(self._groups[guest.domid - 1])
+            books = self._pools[number]
+            first = books.pool.add(contents)
+            frames[rows] = (number << _POOL_SHIFT) + first + np.arange(len(rows))
+            books.grow()
+            books.sums[first : first + len(rows)] = self._sums(contents)
+        return frames
+
+    def _hand_over_pools(self, guest: Attachment) -> None:
+        # Before anything is in flight: this needs QEMU's main thread, which may itself come to wait for such a page.
+        group = self._groups[guest.domid - 1]
+        self._pool_for(group)
+        for books in self._pools:
+            if books.pool.group == group and not guest.dead:
+                try:
+                    guest.pool_number(books.pool)
+                except (NoSuchDomainError, ConnectionLostError) as error:
+                    self._note_end(guest, error)
+
+    def _pool_for(self, group: str) -> int:
+        if group not in self._primary:
+            self._pools.append(_PoolBooks(FramePool.create(group), whole=True))
+            self._primary[group] = len(self._pools) - 1
+        return self._primary[group]
+
+    def _sums(self, contents: PageBytes) -> NDArray[np.uint64]:
+        # A sum with secret odd weights: any change of a page changes it, and nobody can plan one that does not.
+        words = contents.reshape(len(contents), PAGE_SIZE).view(np.uint64)
+        mixed = words ^ (words >> np.uint64(32))
+        return np.asarray((mixed * self._weights).sum(axis=1, dtype=np.uint64)) | np.uint64(1)
+
+    def _map(self, ids: Ids, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Map frames over in-flight pages; returns for which it was done."""
+        done = np.zeros(len(ids), dtype=np.bool_)
+        for guest, mine in self._by_guest(ids):
+            for books, rows, _ in self._by_pool(frames[mine]):
+                some = mine[rows]
+                some = some[np.argsort(ids[some])]
+                numbers = frames[some] & ((1 << _POOL_SHIFT) - 1)
+                try:
+                    mapped = guest.map_frames(self._local(guest, ids[some]), numbers, books.pool)
+                except (NoSuchDomainError, ConnectionLostError) as error:
+                    self._note_end(guest, error)
+                    continue
+                finished = some[:mapped]
+                done[finished] = True
+                self._frame[ids[finished]] = frames[finished]
+                guest.in_pool[self._local(guest, ids[finished])] = True
+                with self._lock:
+                    self._phase[ids[finished]] = _PLAIN
+                    self._handle[ids[finished]] = 0
+                self._wake(guest)
+        return done
+
+    def _settle(self, ids: Ids) -> None:
+        """End the flight of pages that were not remapped: a nominated one keeps its handle, others are let go."""
+        with self._lock:
+            flying = ids[self._phase[ids] == _IN_FLIGHT]
+            again = flying[self._handle[flying] != 0]
+            loose = np.unique(flying[self._handle[flying] == 0])
+            self._phase[again] = _NOMINATED
+            self._phase[loose] = _PLAIN
+        for guest, rows in self._by_guest(loose):
+            if not guest.dead:
+                guest.unprotect(self._local(guest, loose[rows]))
+        for guest, _ in self._by_guest(again):
+            self._wake(guest)
+
+    def _wake(self, guest: Attachment) -> None:
+        try:
+            guest.wake()
+        except NoSuchDomainError:
+            guest.dead = True
+
+    def _punch_unread(self, frames: NDArray[np.int64]) -> int:
+        """Give back the memory of those of these frames that nobody reads; returns how many."""
+        if not len(frames):
+            return 0
+        holders = np.flatnonzero(np.isin(self._frame, frames))
+        read = np.unique(self._frame[holders[self._on_frame(holders)]])
+        unread = frames[~np.isin(frames, read)]
+        punched = 0
+        for books, _, numbers in self._by_pool(unread):
+            books.handles[numbers] = books.sums[numbers] = 0
+            if books.whole:
+                books.pool.punch(numbers)
+                punched += len(numbers)
+        return punched
+
+    # -- unshare ---------------------------------------------------------------------------------------------------
+
+    def unshare_gfns(self, pages: PageArray) -> Statuses:
+        """As the seam says. A page on a frame gets anonymous memory of its own; a nomination is taken back."""
+        self._check_watch()
+        ids, statuses = self._ids(pages)
+        good = np.unique(ids[statuses == Status.OK])
+        self._take_back(good)
+        shared = good[self._on_frame(good)]
+        self._make_private(shared, np.ones(len(shared), dtype=np.bool_))
+        left = shared[self._frame[shared] != _NOWHERE]
+        left = left[self._on_frame(left)]
+        statuses[np.isin(ids, left)] = Status.ENOMEM
+        return statuses
+
+    def _take_back(self, ids: Ids) -> None:
+        with self._lock:
+            nominated = ids[self._phase[ids] == _NOMINATED]
+            self._phase[nominated] = _PLAIN
+            self._handle[nominated] = 0
+        for guest, rows in self._by_guest(nominated):
+            if not guest.dead:
+                guest.unprotect(self._local(guest, nominated[rows]))
+
+    def _make_private(self, ids: Ids, filled: NDArray[np.bool_]) -> None:
+        """Give pages (ascending, distinct, not nominated) anonymous memory of their own, and unread frames back to
+        the host. Stops where the host has no memory left; what was done shows in ``_frame``."""
+        frames = np.unique(self._frame[ids])
+        for guest, rows in self._by_guest(ids):
+            if guest.session is None:
+                self.control(guest.domid, True)
+            for start in range(0, len(rows), BATCH_PAGES):
+                some = rows[start : start + BATCH_PAGES]
+                if not self._move(guest, ids[some], filled[some]):
+                    break
+        self._punch_unread(frames[frames != _NOWHERE])
+
+    def _move(self, guest: Attachment, ids: Ids, filled: NDArray[np.bool_]) -> bool:
+        # One table's worth; returns whether to go on.
+        if pagemap.host_available_bytes() - len(ids) * PAGE_SIZE < self._reserve_bytes:
+            return False
+        # A disk request that is under way would go on writing into the page that is replaced.
+        with guest.stopped() if guest.must_drain else contextlib.nullcontext():
+            return self._move_at_once(guest, ids, filled)
+
+    def _move_at_once(self, guest: Attachment, ids: Ids, filled: NDArray[np.bool_]) -> bool:
+        local = self._local(guest, ids)
+        moved = 0
+        with self._lock:
+            self._phase[ids] = _IN_FLIGHT
+        try:
+            guest.protect(local)
+            moved = guest.make_private(local, filled)
+        except HostMemoryError:
+            return False
+        except (NoSuchDomainError, ConnectionLostError) as error:
+            self._note_end(guest, error)
+            return False
+        finally:
+            done = ids[:moved]
+            self._frame[done] = _NOWHERE
+            guest.in_pool[local[:moved]] = False
+            with self._lock:
+                self._phase[done] = _PLAIN
+            if not guest.dead:
+                self._settle(ids)
+                self._wake(guest)
+        return moved == len(ids)
+
+    def release_zero_pages(self, pages: PageArray, handles: Handles) -> Statuses:
+        """As the seam says: the page is dropped, and the next read finds the kernel's zero page."""
+        self._check_watch()
+        ids, statuses = self._ids(pages)
+        statuses[statuses == Status.EINVAL] = Status.S_HANDLE_INVALID
+        good = np.flatnonzero(statuses == Status.OK)
+        mine = ids[good]
+        shared = self._on_frame(mine)
+        frame_handles = self._frame_handles(mine, shared)
+        with self._lock:
+            valid = self._valid(mine, handles[good], shared, frame_handles)
+            valid &= np.isin(np.arange(len(mine)), np.unique(mine, return_index=True)[1])  # a page that comes twice
+            statuses[good[~valid]] = Status.S_HANDLE_INVALID
+            nominated = np.sort(mine[valid & ~shared])
+            self._phase[nominated] = _IN_FLIGHT
+        held = self._hold(np.sort(mine[valid & shared]))
+        everything = np.sort(np.concatenate([nominated, held]))
+        frames = np.unique(self._frame[everything])
+        released: list[Ids] = []
+        try:
+            for guest, rows in self._by_guest(everything):
+                some = everything[rows]
+                local = self._local(guest, some)
+                guest.split_huge_pages(local)
+                emptied = guest.map_nothing(local, self._frame[some] == _NOWHERE)
+                done = some[:emptied]
+                self._frame[done] = _NOWHERE
+                guest.in_pool[local[:emptied]] = False
+                with self._lock:
+                    self._phase[done] = _PLAIN
+                    self._handle[done] = 0
+                self._wake(guest)
+                released.append(done)
+        except (NoSuchDomainError, ConnectionLostError) as error:
+            self._note_end(guest, error)
+        finally:
+            self._settle(everything)
+        self._punch_unread(frames[frames != _NOWHERE])
+        out = np.concatenate([*released, np.empty(0, dtype=np.int64)])
+        statuses[good[valid & ~np.isin(mine, out)]] = Status.ENOMEM
+        return statuses
+
+    # -- whole guests ----------------------------------------------------------------------------------------------
+
+    def fold_back(self, domid: DomId | None = None) -> int:
+        """Move pages that guests have copied back into anonymous memory, and give unread frames back to the host.
+
+        :param domid: one guest, or all that sharing is enabled on.
+        :returns: how many frames were given back.
+        """
+        chosen = [guest for guest in self._guests if not guest.dead and domid in (None, guest.domid)]
+        for guest in chosen:
+            base = self._base[guest.domid - 1]
+            ids = base + np.flatnonzero(guest.in_pool)
+            copied = ids[~self._on_frame(ids)]
+            with self._lock:
+                copied = copied[self._phase[copied] == _PLAIN]
+            if len(copied) and (domid is not None or self._enabled[guest.domid - 1]):
+                self._make_private(copied, np.ones(len(copied), dtype=np.bool_))
+        return self.punch_unread()
+
+    def punch_unread(self) -> int:
+        """Give every frame that nobody reads back to the host; returns how many had memory."""
+        return sum(
+            self._punch_unread((number << _POOL_SHIFT) + books.pool.backed_frames())
+            for number, books in enumerate(self._pools)
+            if books.whole
+        )
+
+    def _sees_all(self, pool: FramePool) -> bool:
+        # Whether every process that may read the pool is a guest of ours: another run may have had more guests. It
+        # stays so: a memshr finds a pool only in a guest that it has in hand, and these are in ours.
+        ours = {guest.process.pid for guest in self._guests}
+        for process in find_guests():
+            if process.pid in ours:
+                continue
+            try:
+                if pool.inode in process.pool_inodes():
+                    return False
+            except OSError:
+                if process.running:
+                    return False
+        return True
+
+    def unshare_guest(self, domid: DomId) -> int:
+        """Give every page of a guest back its own memory, in large pieces that can be huge pages again.
+
+        :returns: how many pages were on frames.
+        :raises HostMemoryError: the host has no room for it (nothing was done), or ran out half-way.
+        """
+        self.control(domid, True)
+        guest = self._guest(domid, "unshare_guest")
+        base = int(self._base[domid - 1])
+        everything = np.arange(base, base + guest.pages)
+        self._take_back(everything)
+        in_pool = np.flatnonzero(guest.in_pool)
+        shared = int(self._on_frame(base + in_pool).sum())
+        needed = len(in_pool) * PAGE_SIZE
+        available = pagemap.host_available_bytes()
+        if available - needed < self._reserve_bytes:
+            raise HostMemoryError(
+                f"unsharing guest {guest.process.name} needs {needed >> 20} MiB; the host has {available >> 20} MiB"
+                f" and keeps {self._reserve_bytes >> 20} MiB in reserve",
+                call="unshare_guest",
+                status=Status.ENOMEM,
+                domid=domid,
+                remedy="free memory, or end another guest first",
+            )
+        frames = np.unique(self._frame[base + in_pool])
+        for window in self._windows(guest, in_pool):
+            entries = guest.entries(window)
+            filled = (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries)) | guest.in_pool[window]
+            if not self._move(guest, base + window, filled):
+                break
+        self._punch_unread(frames)
+        if guest.in_pool.any():
+            self._guest(domid, "unshare_guest")
+            raise HostMemoryError(
+                f"guest {guest.process.name} has {int(guest.in_pool.sum())} pages left that are not its own",
+                call="unshare_guest",
+                status=Status.ENOMEM,
+                domid=domid,
+                remedy="relieve the host, then again",
+            )
+        return shared
+
+    def _windows(self, guest: Attachment, in_pool: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        # The aligned pieces of RAM that hold pages in pools, cut so that each is one run of addresses.
+        windows = []
+        for key in np.unique(guest.hvas[in_pool] // (_WINDOW_PAGES * PAGE_SIZE)).tolist():
+            start = key * _WINDOW_PAGES * PAGE_SIZE
+            hvas = np.arange(start, start + _WINDOW_PAGES * PAGE_SIZE, PAGE_SIZE, dtype=np.int64)
+            pages = guest.pages_of_hvas(hvas)
+            pages = np.sort(pages[pages >= 0])
+            windows += np.split(pages, np.flatnonzero(np.diff(guest.hvas[pages]) != PAGE_SIZE) + 1)
+        return windows
+
+    def detach(self, domid: DomId) -> None:
+        """Unshare a guest wholly and take the agent out of it: thread, mappings, descriptors are gone.
+
+        :raises HostMemoryError: as unshare_guest.
+        """
+        self.unshare_guest(domid)
+        guest = self._guest(domid, "detach")
+        assert guest.session is not None
+        assert self._watch is not None
+        self._watch.remove(guest.session.uffd)
+        self._enabled[domid - 1] = False
+        guest.detach()
+
+    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+        """Which pages are parts of transparent huge pages, so that sharing them splits one."""
+        found = np.zeros(len(pages), dtype=np.bool_)
+        ids, _ = self._ids(pages)
+        there = np.flatnonzero(ids >= 0)
+        for guest, rows in self._by_guest(ids[there]):
+            found[there[rows]] = guest.huge(self._local(guest, ids[there[rows]]))
+        return found
+
+    def enlisted(self, domid: DomId) -> GuestProcess:
+        """The process behind a domid."""
+        return self._guest(domid, "enlisted").process
+
+    def _figures(self, guest: Attachment) -> GuestFigures:
+        base = int(self._base[guest.domid - 1])
+        in_pool = np.flatnonzero(guest.in_pool)
+        sharing = int(self._on_frame(base + in_pool).sum()) if len(in_pool) else 0
+        if not len(in_pool) and not guest.process.running:
+            guest.dead = True
+        if guest.dead:
+            raise guest.gone()
+        return GuestFigures(
+            domid=guest.domid,
+            name=guest.process.name,
+            pid=guest.process.pid,
+            group=self._groups[guest.domid - 1],
+            ram_pages=guest.pages,
+            sharing_pages=sharing,
+            copied_pages=len(in_pool) - sharing,
+            nominated_pages=int((self._phase[base : base + guest.pages] == _NOMINATED).sum()),
+            absent_pages=0,
+            mappings_left=guest.mappings_left,
+        )
+
+    def guest_figures(self, domid: DomId) -> GuestFigures:
+        """What one guest shares; reads the pagemap of all its RAM."""
+        guest = self._guest(domid, "guest_figures")
+        figures = self._figures(guest)
+        entries = guest.entries(np.arange(guest.pages))
+        absent = ~pagemap.is_there(entries) | guest.pagemap.zero_pages(entries)
+        guest.count_mappings()
+        return dataclasses.replace(
+            figures, absent_pages=int((absent & ~guest.in_pool).sum()), mappings_left=guest.mappings_left
+        )
+
+    def pool_figures(self) -> list[PoolFigures]:
+        """The frame pools of the guests."""
+        _, frames = self._readers()
+        found = []
+        for number, books in enumerate(self._pools):
+            mine = frames[frames >> _POOL_SHIFT == number]
+            found.append(PoolFigures(books.pool.group, len(np.unique(mine)), len(mine), books.pool.backed_bytes))
+        return found
+
+    # -- the books -------------------------------------------------------------------------------------------------
+
+    def counters(self) -> Counters:
+        """As the seam says; costs a look at the pagemap of every shared page."""
+        _, frames = self._readers()
+        used = len(np.unique(frames))
+        nominated = int((self._phase == _NOMINATED).sum())
+        return Counters(freed_pages=len(frames) - used, used_frames=used + nominated)
+
+    def audit(self) -> AuditReport:
+        """Check what this object believes against what the kernel says, in both directions.
+
+        maps and pagemap of every guest are read anew: a page that we think is on a frame and maps does not show there,
+        and the other way round (I3); frames of a foreign trust group (I10); frames whose contents are no longer what
+        was shared (I8); a nominated page that is on a frame (I5). ``xen_errors`` counts the findings that Xen's own
+        walk, from reverse map to p2m, would have counted.
+        """
+        findings: list[AuditFinding] = []
+        xen_errors = 0
+        for guest in self._guests:
+            if guest.dead:
+                continue
+            try:
+                mapped, foreign = self._mapped_frames(guest)
+            except NoSuchDomainError:
+                continue
+            findings += foreign
+            base = int(self._base[guest.domid - 1])
+            believed = self._frame[base : base + guest.pages]
+            for page in np.flatnonzero(mapped != believed).tolist():
+                xen_errors += int(believed[page] != _NOWHERE)
+                findings.append(self._finding("I3", base + page, int(believed[page]), int(mapped[page])))
+            own = self._groups[guest.domid - 1]
+            for number in np.unique(mapped[mapped != _NOWHERE] >> _POOL_SHIFT).tolist():
+                if self._pools[number].pool.group != own:
+                    page = base + int(np.flatnonzero(mapped >> _POOL_SHIFT == number)[0])
+                    domid, gfn = self._place(page)
+                    findings.append(
+                        AuditFinding(
+                            "I10",
+                            domid,
+                            gfn,
+                            Mfn(int(mapped[page - base])),
+                            f"frames of trust group {own}",
+                            f"frames of trust group {self._pools[number].pool.group}",
+                            "the group was changed while pages were shared; unshare the guest",
+                        )
+                    )
+        ids, frames = self._readers()
+        with self._lock:
+            both = ids[self._phase[ids] == _NOMINATED]
+        for page in both.tolist():
+            domid, gfn = self._place(page)
+            findings.append(
+                AuditFinding(
+                    "I5", domid, gfn, Mfn(int(self._frame[page])), "one handle", "two", "nominated while on a frame"
+                )
+            )
+        changed = self._changed_frames(np.unique(frames))
+        findings += changed
+        return AuditReport(tuple(findings), xen_errors + len(changed))
+
+    def _finding(self, invariant: str, page: int, believed: int, mapped: int) -> AuditFinding:
+        domid, gfn = self._place(page)
+        words = [f"frame {each:#x}" if each != _NOWHERE else "no frame" for each in (believed, mapped)]
+        mfn = Mfn(believed if believed != _NOWHERE else mapped)
+        cause = "somebody else remapped guest memory, or memshr lost count"
+        return AuditFinding(invariant, domid, gfn, mfn, words[0], words[1], cause)
+
+    def _changed_frames(self, frames: NDArray[np.int64]) -> list[AuditFinding]:
+        findings = []
+        for start in range(0, len(frames), len(self._buffer)):
+            some = frames[start : start + len(self._buffer)]
+            for books, rows, numbers in self._by_pool(some):
+                contents = self._buffer[: len(rows)]
+                books.pool.read(numbers, contents)
+                sums = self._sums(contents)
+                known = books.sums[numbers]
+                books.sums[numbers] = np.where(known == 0, sums, known)
+                findings += [
+                    AuditFinding(
+                        "I8",
+                        None,
+                        None,
+                        Mfn(frame),
+                        "the contents that were shared",
+                        "other contents",
+                        "somebody wrote into the frame pool, or memory is faulty",
+                    )
+                    for frame in some[rows[(known != 0) & (known != sums)]].tolist()
+                ]
+        return findings
+
+    def _check_watch(self) -> None:
+        if self._watch is not None and self._watch.failure is not None:
+            raise InvariantError("the write watch has failed") from self._watch.failure
+
+    # -- what Linux has not ----------------------------------------------------------------------------------------
+
+    def nominate_gref(self, domid: DomId, ref: GrantRef) -> Handle:
+        """Unsupported: QEMU guests have no grant tables."""
+        self._unsupported("nominate_gref")
+
+    def share_grefs(
+        self,
+        source_domid: DomId,
+        source_ref: GrantRef,
+        source_handle: Handle,
+        client_domid: DomId,
+        client_ref: GrantRef,
+        client_handle: Handle,
+    ) -> None:
+        """Unsupported: QEMU guests have no grant tables."""
+        self._unsupported("share_grefs")
+
+    def debug_gref(self, domid: DomId, ref: GrantRef) -> int:
+        """Unsupported: QEMU guests have no grant tables."""
+        self._unsupported("debug_gref")
+
+    def add_to_physmap(
+        self, source_domid: DomId, source_gfn: Gfn, source_handle: Handle, client_domid: DomId, client_gfn: Gfn
+    ) -> None:
+        """Unsupported: a QEMU guest's address space is laid out by QEMU."""
+        self._unsupported("add_to_physmap")
+
+    def range_share(self, source_domid: DomId, client_domid: DomId, first: Gfn, last: Gfn) -> None:
+        """Unsupported: on running guests contents must be compared."""
+        self._unsupported("range_share")
+
+    def ring_enable(self, domid: DomId) -> int:
+        """Unsupported: Linux has its own ways of being out of memory."""
+        self._unsupported("ring_enable")
+
+    def ring_disable(self, domid: DomId) -> None:
+        """Unsupported, as ring_enable."""
+        self._unsupported("ring_disable")
+
+    def domain_resume(self, domid: DomId) -> None:
+        """Unsupported, as ring_enable."""
+        self._unsupported("domain_resume")
+
+    def fork(self, parent: DomId, child: DomId) -> None:
+        """Unsupported: QEMU cannot fork a guest."""
+        self._unsupported("fork")
+
+    def fork_reset(self, child: DomId, *, state: bool = False, memory: bool = False) -> None:
+        """Unsupported: QEMU cannot fork a guest."""
+        self._unsupported("fork_reset")
+
+    @staticmethod
+    def _unsupported(call: str) -> NoReturn:
+        raise UnsupportedError(f"{call}: not possible on QEMU guests")
+
+
+def _one(domid: DomId, gfn: Gfn) -> PageArray:
+    return PageArray(np.array([domid], dtype=np.uint16), np.array([gfn], dtype=np.int64))
+
+
+def _of_domain(statuses: Statuses) -> NDArray[np.bool_]:
+    return np.asarray((statuses == Status.ESRCH) | (statuses == Status.EPERM))
+
+
+def _group_of_each(processes: Sequence[GuestProcess], groups: Mapping[str, Collection[str]]) -> list[str]:
+    names = [process.name for process in processes]
+    found: dict[str, str] = {}
+    for group, members in groups.items():
+        for member in members:
+            if member not in names:
+                raise NoSuchDomainError(f"group {group} names {member}, which is no guest here")
+            if member in found:
+                raise BackendError(f"guest {member} is in two trust groups, {found[member]} and {group}")
+            found[member] = group
+    return [found.get(process.name, f"guest {process.name} {process.pid}") for process in processes]

@@ -1,0 +1,67 @@
+"""One memshr at a time for each guest: a lock that ends with its holder and tells who that is.
+
+A POSIX record lock on one byte of ``/run/memshr.lock``, the byte whose number is the guest's pid: the kernel gives it
+up when the holder dies, keeps no state besides, and names the holder to whoever asks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+from memshr.errors import PermissionDeniedError, RefusedDomainError
+
+LOCK_PATH: Final = Path("/run/memshr.lock")
+_FLOCK: Final = struct.Struct("hhqqi4x")
+"""struct flock (``asm-generic/fcntl.h``): type, whence, start, length, pid"""
+
+_held: dict[int, GuestLock] = {}
+_file: list[int] = []
+# Closing any descriptor of the file gives up all of a process's record locks on it: one stays open for good.
+
+
+class GuestLock:
+    """The lock of one guest.
+
+    :raises RefusedDomainError: another process, or another object of this one, has it; the text says who.
+    :raises PermissionDeniedError: /run/memshr.lock cannot be opened.
+    """
+
+    def __init__(self, pid: int, name: str) -> None:
+        self._pid = pid
+        if pid in _held:
+            raise _refused(pid, name, os.getpid())
+        try:
+            if not _file:
+                _file.append(os.open(LOCK_PATH, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise PermissionDeniedError(f"cannot open {LOCK_PATH}: {error.strerror}", remedy="run as root") from error
+        try:
+            fcntl.lockf(_file[0], fcntl.LOCK_EX | fcntl.LOCK_NB, 1, pid)
+        except OSError as error:
+            raise _refused(pid, name, _holder(pid)) from error
+        _held[pid] = self
+
+    def release(self) -> None:
+        """Give it up."""
+        if _held.pop(self._pid, None) is not None:
+            fcntl.lockf(_file[0], fcntl.LOCK_UN, 1, self._pid)
+
+
+def _holder(pid: int) -> int:
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, pid, 1, 0)
+    return int(_FLOCK.unpack(fcntl.fcntl(_file[0], fcntl.F_GETLK, asked))[4])
+
+
+def _refused(pid: int, name: str, holder: int) -> RefusedDomainError:
+    try:
+        command = Path(f"/proc/{holder}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        command = "?"
+    text = f"process {holder} ({command}) has guest {name} ({pid}) in hand"
+    return RefusedDomainError(
+        f"another memshr is at work: {text}", reasons=[text], remedy="end it, or wait for its end"
+    )

@@ -1,0 +1,149 @@
+"""Frames for shared pages: one sparse memory file for each trust group.
+
+What the design rests on:
+
+* A frame is a page of the file; its number is its offset. **An offset is never used again**, also not by a later
+  memshr: the file's size is the number of offsets that were ever given out, the kernel keeps it, and the file is sealed
+  against shrinking. So a guest that still has an old offset mapped (under a page that it has copied) can never come to
+  see somebody else's frame there: a punched frame reads as zeros.
+* **Only memshr writes.** The file's mode is 0400 and it belongs to root; QEMU gets a descriptor that was opened for
+  reading, and cannot open it again for writing unless it runs as root itself.
+* **It lives as long as a guest has it mapped**, whether or not a memshr runs. A new memshr finds it in /proc/PID/maps
+  and takes it only if it belongs to root, has that mode and that seal: none of this can a guest make up.
+* A frame is never a page that a guest already had: its place in memory is the kernel's choice, not a guest's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memshr.errors import HostMemoryError, InvariantError
+from memshr.procfs import Mapping
+from memshr.qemu import syscalls
+from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
+
+NAME_PREFIX: Final = "memshr-pool:"
+MAPPED_PREFIX: Final = f"/memfd:{NAME_PREFIX}"
+_MODE: Final = 0o400
+_DELETED: Final = " (deleted)"
+
+
+def group_of(mapping: Mapping) -> str | None:
+    """The trust group of the pool that a line of /proc/PID/maps claims to show; None: it shows something else."""
+    if not mapping.path.startswith(MAPPED_PREFIX) or mapping.shared:
+        return None
+    return mapping.path.removeprefix(MAPPED_PREFIX).removesuffix(_DELETED)
+
+
+class FramePool:
+    """The frames of one trust group.
+
+    :param file: the memory file, open to read and write; owned by this object from now on.
+    """
+
+    def __init__(self, group: str, file: int) -> None:
+        self.group = group
+        self._file = file
+        self.inode = os.fstat(file).st_ino
+
+    @classmethod
+    def create(cls, group: str) -> Self:
+        """A new, empty pool."""
+        file = syscalls.memfd_create(NAME_PREFIX + group)
+        os.fchmod(file, _MODE)
+        fcntl.fcntl(file, syscalls.F_ADD_SEALS, syscalls.F_SEAL_SHRINK)
+        return cls(group, file)
+
+    @classmethod
+    def adopt(cls, pid: int, mapping: Mapping) -> Self | None:
+        """The pool behind a mapping of a guest; None if it is no pool that a memshr made.
+
+        :raises OSError: the guest is gone or the mapping is.
+        """
+        group = group_of(mapping)
+        if group is None:
+            return None
+        # SAFETY: nothing is read or written before the checks; a guest could name a file of its own like a pool.
+        file = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
+        status = os.fstat(file)
+        genuine = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == _MODE
+        if not genuine or not fcntl.fcntl(file, syscalls.F_GET_SEALS) & syscalls.F_SEAL_SHRINK:
+            os.close(file)
+            return None
+        return cls(group, file)
+
+    @property
+    def frames(self) -> int:
+        """How many frame numbers were ever given out: 0 up to this one."""
+        return os.fstat(self._file).st_size >> PAGE_SHIFT
+
+    @property
+    def backed_bytes(self) -> int:
+        """How much memory the host spends on it."""
+        return os.fstat(self._file).st_blocks * 512
+
+    def readable(self) -> int:
+        """A new descriptor that can only read: what a QEMU is given. The caller closes it."""
+        return os.open(f"/proc/self/fd/{self._file}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def add(self, pages: PageBytes) -> int:
+        """Put ``pages`` (shape ``(n, PAGE_SIZE)``, C-contiguous) into new frames; returns the number of the first.
+
+        :raises HostMemoryError: the host has no memory for them; the frame numbers are spent, no memory is.
+        """
+        first = self.frames
+        offset = first << PAGE_SHIFT
+        os.ftruncate(self._file, offset + pages.nbytes)
+        data = pages.reshape(-1).data
+        written = 0
+        try:
+            while written < len(data):
+                written += os.pwrite(self._file, data[written:], offset + written)
+        except OSError as error:
+            syscalls.punch_hole(self._file, offset, len(data))
+            raise HostMemoryError(
+                f"no memory for {len(pages)} shared frames: {os.strerror(error.errno or 0)}", remedy="relieve the host"
+            ) from error
+        return first
+
+    def read(self, frames: NDArray[np.int64], out: PageBytes) -> None:
+        """Contents of frames, frame i into row i of ``out`` (shape ``(>= n, PAGE_SIZE)``)."""
+        breaks = np.flatnonzero(np.diff(frames) != 1) + 1
+        for run in np.split(np.arange(len(frames)), breaks) if len(frames) else ():
+            rows = out[run[0] : run[-1] + 1]
+            if os.preadv(self._file, [rows.data], int(frames[run[0]]) << PAGE_SHIFT) != rows.nbytes:
+                raise InvariantError(f"pool {self.group} ends before frame {int(frames[run[-1]])}")
+
+    def punch(self, frames: NDArray[np.int64]) -> None:
+        """Give the memory of frames back to the host. No guest may read any of them.
+
+        :param frames: shape ``(n,)``, in any order.
+        """
+        ordered = np.unique(frames)
+        breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
+        for run in np.split(ordered, breaks) if len(ordered) else ():
+            syscalls.punch_hole(self._file, int(run[0]) << PAGE_SHIFT, len(run) << PAGE_SHIFT)
+
+    def backed_frames(self) -> NDArray[np.int64]:
+        """The frames that the host spends memory on, ascending; costs a call for each run."""
+        runs = []
+        end = self.frames << PAGE_SHIFT
+        offset = 0
+        while offset < end:
+            try:
+                start = os.lseek(self._file, offset, os.SEEK_DATA)
+            except OSError:  # nothing but holes up to the end
+                break
+            offset = os.lseek(self._file, start, os.SEEK_HOLE)
+            runs.append(np.arange(start >> PAGE_SHIFT, -(-offset // PAGE_SIZE), dtype=np.int64))
+        return np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
+
+    def close(self) -> None:
+        """Close our descriptor; frames that guests have mapped stay."""
+        os.close(self._file)

@@ -1,0 +1,177 @@
+"""Which guests memshr touches, which it leaves alone and why, and what it leaves behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from guests.machine import Machine
+from guests.peculiar import PECULIARITIES, ram_mapping
+from live.parts import needed_parts
+from live.qemu_host import QtestHost, booted, process_of
+from memshr.errors import NoSuchDomainError, RefusedDomainError
+from memshr.qemu.guests import find_guests, inspect_process, memory_layout, refusals, select_guests, status_refusals
+from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.types import PAGE_SIZE, DomId, Gfn, PageArray
+
+REFUSED = {
+    "shared-ram": "shared memory",
+    "memfd": "shared memory",
+    "private-memfd": "mapped file",
+    "private-file": "mapped file",
+    "huge-pages": "hugetlbfs",
+    "mem-lock": "locked",
+    "virtio-mem": "virtio-mem",
+    "free-page-reporting": "reports free pages",
+    "incoming": "migrated",
+    "outgoing": "migrated",
+    "background-snapshot": "migrated",
+}
+
+
+def attached_to(machine: Machine) -> QemuHypervisor:
+    """The mechanism on one guest, not attached yet."""
+    process = inspect_process(machine.pid)
+    assert process is not None
+    return QemuHypervisor([process])
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_guest_is_refused_with_reason_and_remedy(kind: str) -> None:
+    with needed_parts(), PECULIARITIES[kind].started(f"refused-{kind}") as machine:
+        assert PECULIARITIES[kind].in_effect(machine)
+        with attached_to(machine) as hypervisor, pytest.raises(RefusedDomainError) as caught:
+            hypervisor.control(DomId(1), True)
+        assert any(REFUSED[kind] in reason and "; " in reason for reason in caught.value.reasons), caught.value.reasons
+        assert "memshr" not in Path(f"/proc/{machine.pid}/maps").read_text(), "a refused guest was touched"
+        assert machine.alive
+
+
+@pytest.mark.parametrize("kind", sorted(set(PECULIARITIES) - set(REFUSED)))
+def test_guest_is_shared_and_left_as_it_was(kind: str) -> None:
+    """Share two pages inside the guest, see that its flags come back, and that nothing is left after detach."""
+    with needed_parts(), PECULIARITIES[kind].started(f"shared-{kind}") as machine:
+        flags = ram_mapping(machine)["VmFlags"].split()
+        descriptors = _count(f"/proc/{machine.pid}/fd")
+        threads = _count(f"/proc/{machine.pid}/task")
+        with attached_to(machine) as hypervisor:
+            pages = PageArray.of_domain(DomId(1), np.array([0x1000, 0x1001], np.int64))
+            handles, statuses = hypervisor.nominate_gfns(pages)
+            if statuses.any():
+                hypervisor.control(DomId(1), True)  # says why
+            assert not hypervisor.share_gfns_many(pages[:1], handles[:1], pages[1:], handles[1:]).any()
+            assert hypervisor.counters().freed_pages == 1
+            for advice in ("dd", "dc", "mg"):
+                assert _frame_mapping_has(machine, advice) == (advice in flags), advice
+            hypervisor.detach(DomId(1))
+            assert machine.execute("query-status")["status"] in {"running", "paused", "prelaunch"}
+        maps = Path(f"/proc/{machine.pid}/maps").read_text()
+        assert "memshr" not in maps
+        assert _count(f"/proc/{machine.pid}/task") <= threads
+        if machine.execute("query-status")["running"]:  # a paused QEMU closes what it was handed when it runs again
+            machine.wait(lambda: _count(f"/proc/{machine.pid}/fd") <= descriptors, 10, "descriptors are closed")
+        assert machine.alive
+
+
+def _count(folder: str) -> int:
+    return len(list(Path(folder).iterdir()))
+
+
+def _frame_mapping_has(machine: Machine, flag: str) -> bool:
+    inside = False
+    for line in Path(f"/proc/{machine.pid}/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = "memfd:memshr-pool:" in line
+        elif inside and line.startswith("VmFlags:"):
+            return flag in line.split()
+    raise AssertionError("no mapping of a pool")
+
+
+def test_reasons_that_only_text_can_show() -> None:
+    """Pinned memory and shadow stacks cannot be had on the test machines: the text of /proc/PID/status is made up."""
+    assert status_refusals("VmLck:\t       0 kB\nVmPin:\t       0 kB\n") == []
+    assert "pinned" in str(status_refusals("VmLck:\t       0 kB\nVmPin:\t    4096 kB\n")[0])
+    assert "shadow stack" in str(status_refusals("x86_Thread_features:\tshstk wrss\n")[0])
+
+
+def test_guests_are_found_by_name_and_pid(qemu: Path) -> None:
+    with booted(qemu, "found-1", "found-2") as guests:
+        assert {guest.pid for guest in guests} <= {process.pid for process in find_guests()}
+        assert [process.pid for process in select_guests("found-2")] == [guests[1].pid]
+        assert [process.name for process in select_guests(str(guests[0].pid))] == ["found-1"]
+        given = select_guests(f"found-1@{guests[0].qmp_path}")[0]
+        with given.monitor() as monitor:
+            assert monitor.execute("query-name") == {"name": "found-1"}
+        with pytest.raises(NoSuchDomainError, match="found-1"):
+            select_guests("not-there")
+
+
+def test_layout_goes_round_the_hole_below_4_gib(qemu: Path) -> None:
+    with booted(qemu, "large", memory_mib=4096) as (guest,):
+        with process_of(guest).monitor() as monitor:
+            layout = memory_layout(monitor)
+            assert refusals(process_of(guest), monitor, layout) == ()
+        assert sum(ram.pages for ram in layout) * PAGE_SIZE >= (4096 << 20) - (1 << 20)
+        high = Gfn(0x100000 + 5)
+        guest.write(high * PAGE_SIZE, b"beyond the hole")
+        with QemuHypervisor([process_of(guest)]) as hypervisor:
+            buffer = np.empty((4, PAGE_SIZE), np.uint8)
+            assert bytes(hypervisor.read_range(DomId(1), Gfn(high - 1), 3, buffer)[1, :15]) == b"beyond the hole"
+            pages = PageArray.of_domain(DomId(1), np.array([0x100, high, 0xDFFFF], np.int64))
+            assert hypervisor.backed(pages).tolist() == [False, True, False]
+            assert hypervisor.read_pages(pages, buffer).tolist()[:2] == [0, 0]
+            assert hypervisor.read_pages(pages, buffer)[2] < 0
+
+
+def test_second_memshr_is_told_who_is_at_work(qemu: Path) -> None:
+    with booted(qemu, "busy-1", "busy-2") as guests, QtestHost(guests):
+        with (
+            pytest.raises(RefusedDomainError, match=f"process {os.getpid()} "),
+            QemuHypervisor([process_of(guests[0])]) as second,
+        ):
+            second.control(DomId(1), True)
+        program = (
+            "import sys; from memshr.qemu.guests import inspect_process as i; "
+            "from memshr.qemu.hypervisor import QemuHypervisor as Q; Q([i(int(sys.argv[1]))]).control(1, True)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(guests[0].pid)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode != 0
+        assert f"process {os.getpid()} " in done.stderr
+
+
+def test_guest_without_qmp_says_how_to_give_it_one(qemu: Path) -> None:
+    with booted(qemu, "mute") as (guest,):
+        process = process_of(guest)
+        without = type(process)(process.pid, process.start_ticks, process.name, process.arguments, None, libvirt=False)
+        assert "-qmp unix:" in str(refusals(without, None, [])[-1])
+        libvirt = type(process)(process.pid, process.start_ticks, process.name, process.arguments, None, libvirt=True)
+        assert "libvirt" in str(refusals(libvirt, None, [])[-1])
+
+
+def test_seccomp_filter_that_forbids_a_call_of_the_agent(qemu: Path, tmp_path: Path) -> None:
+    """A real filter, put on by a program that then becomes QEMU: everything is allowed but process_vm_readv."""
+    wrapper = tmp_path / "qemu-with-filter"
+    wrapper.write_text(f"#!{sys.executable}\n" + FILTERING.format(qemu=os.fspath(qemu)))
+    wrapper.chmod(0o755)
+    with booted(wrapper, "filtered") as (guest,):
+        refused = pytest.raises(RefusedDomainError, match="seccomp filter forbids system call 310")
+        with QemuHypervisor([process_of(guest)]) as hypervisor, refused:
+            hypervisor.control(DomId(1), True)
+        assert "memshr" not in Path(f"/proc/{guest.pid}/maps").read_text()
+
+
+FILTERING = """
+import ctypes, os, struct, sys
+program = struct.pack("<" + "HBBI" * 4, 0x20, 0, 0, 0, 0x15, 0, 1, 310, 0x06, 0, 0, 0x00050001, 0x06, 0, 0, 0x7FFF0000)
+buffer = ctypes.create_string_buffer(program, len(program))
+header = struct.pack("<HxxxxxxQ", 4, ctypes.addressof(buffer))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.c_char_p(header), 0, 0) == 0
+os.execv({qemu!r}, [{qemu!r}, *sys.argv[1:]])
+"""

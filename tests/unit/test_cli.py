@@ -1,0 +1,362 @@
+"""The commands as a user runs them: what they print, their JSON, their exit codes, and one line for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from command_line import CommandLine
+from memshr.embedded import EmbeddedHypervisor
+from memshr.images import open_image
+from memshr.types import DomId, Gfn, PageBytes
+
+PAGE_SIZE = 4096
+
+
+def write_image(path: Path, fillings: list[int]) -> Path:
+    """A raw image with a page for each filling; 0 is a zero page."""
+    rng = np.random.default_rng(7)
+    contents = {filling: rng.bytes(PAGE_SIZE) for filling in range(1, 256)} | {0: bytes(PAGE_SIZE)}
+    path.write_bytes(b"".join(contents[filling] for filling in fillings))
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> tuple[Path, Path]:
+    """Two images: 2 + 1 zero pages; one has 3 copies of 1 and 2 of 2, the other 2 copies of 1 and one of 2."""
+    first = write_image(tmp_path / "a.raw", [0, 1, 1, 1, 2, 2, 3, 0])
+    second = write_image(tmp_path / "b.raw", [1, 0, 1, 2, 4])
+    return first, second
+
+
+def test_estimate_counts_each_domain_for_itself(memshr: CommandLine, images: tuple[Path, Path]) -> None:
+    outcome = memshr("estimate", *images, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    report = json.loads(outcome.out)
+    assert report["total_pages"] == 13
+    assert report["zero_pages"] == 3
+    assert report["intra_pages"] == 2 + 1 + 1
+    assert report["inter_pages"] == 0
+    assert report["saved_pages"] == 7
+    assert report["absent_pages"] == 0
+    assert report["audit_findings"] == []
+    assert report["counters"] == {"freed_pages": 4, "used_frames": 3}
+    assert [domain["name"] for domain in report["domains"]] == ["a.raw", "b.raw"]
+    assert report["pairs"] == []
+
+
+def test_estimate_of_one_trust_group(memshr: CommandLine, images: tuple[Path, Path]) -> None:
+    report = json.loads(memshr("estimate", *images, "--group", "all", "--json").out)
+    assert (report["zero_pages"], report["intra_pages"], report["inter_pages"], report["saved_pages"]) == (3, 4, 2, 9)
+    (pair,) = report["pairs"]
+    assert (pair["names"], pair["contents"], pair["pages"]) == (["a.raw", "b.raw"], 2, 8)
+
+
+def test_named_group(memshr: CommandLine, images: tuple[Path, Path]) -> None:
+    report = json.loads(memshr("share", *images, "--group", "web=a.raw,b.raw", "--json").out)
+    assert report["saved_pages"] == 9
+    assert {domain["group"] for domain in report["domains"]} == {"web"}
+
+
+def test_estimate_agrees_with_a_count_of_its_own_kind(memshr: CommandLine, tmp_path: Path) -> None:
+    # Real memory: two interpreters that did different things, captured while they wait.
+    programs = ("rows = [str(i) * 9 for i in range(30_000)]", "import json, decimal; table = bytes(3_000_000)")
+    cores = []
+    for number, program in enumerate(programs):
+        command = [sys.executable, "-c", f"{program}\nprint('ready', flush=True)\ninput()"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            cores.append(tmp_path / f"{number}.core")
+            outcome = memshr("capture", f"pid:{process.pid}", "-o", cores[-1], "--json")
+            assert outcome.code == 0, outcome.err
+            process.communicate("\n")
+        assert json.loads(outcome.out)["pages"] > 1000
+    counted = []
+    for core in cores:
+        with open_image(core) as image:
+            counted.append(Counter(page.tobytes() for extent in image.extents for page in extent.pages))
+    zero = sum(contents.pop(bytes(PAGE_SIZE), 0) for contents in counted)
+    intra = sum(contents.total() - len(contents) for contents in counted)
+    both = counted[0].keys() & counted[1].keys()
+    report = json.loads(memshr("estimate", *cores, "--group", "all", "--json").out)
+    assert report["zero_pages"] == zero
+    assert report["intra_pages"] == intra
+    assert report["inter_pages"] == len(both) > 500
+    assert report["saved_pages"] == zero + intra + len(both)
+    assert report["pairs"][0]["contents"] == len(both)
+
+
+def test_text_names_domains_and_figures(memshr: CommandLine, images: tuple[Path, Path]) -> None:
+    outcome = memshr("estimate", *images)
+    assert outcome.code == 0
+    for words in ("can be saved", "7 of 13 pages", "a.raw", "b.raw", "zero pages", "try --group all"):
+        assert words in outcome.out
+    assert "given back" in memshr("share", *images).out
+
+
+def test_audit_proves_every_page(memshr: CommandLine, images: tuple[Path, Path]) -> None:
+    outcome = memshr("audit", *images, "--group", "all", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out) == {
+        "findings": [],
+        "xen_errors": 0,
+        "counters": {"freed_pages": 6, "used_frames": 2},
+        "saved_pages": 9,
+        "checked_pages": 13,
+        "wrong_pages": 0,
+    }
+    assert "0 of 13 pages differ" in memshr("audit", *images).out
+
+
+def test_audit_sees_a_page_that_lost_its_contents(
+    memshr: CommandLine, images: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A mechanism that maps another frame than it read: the books agree with each other, the guest's memory is wrong.
+    honest = EmbeddedHypervisor.read_range
+
+    def lying(self: EmbeddedHypervisor, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:
+        pages = honest(self, domid, first, count, buffer).copy()
+        if count > 6:
+            pages[6, 5] ^= 1
+        return pages
+
+    monkeypatch.setattr("memshr.cli.audit.EmbeddedHypervisor.read_range", lying)
+    outcome = memshr("audit", images[0], "--json")
+    assert outcome.code == 1
+    assert json.loads(outcome.out)["wrong_pages"] == 1
+
+
+def test_images_of_one_name_in_two_folders(memshr: CommandLine, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_image(tmp_path / name / "mem", [1, 2])
+    report = json.loads(memshr("estimate", tmp_path / "one/mem", tmp_path / "two/mem", "--group", "all", "--json").out)
+    assert [domain["name"] for domain in report["domains"]] == ["one/mem", "two/mem"]
+    assert report["inter_pages"] == 2
+
+
+def test_max_sharers_costs_frames(memshr: CommandLine, tmp_path: Path) -> None:
+    image = write_image(tmp_path / "same.raw", [5] * 10)
+    report = json.loads(memshr("estimate", image, "--max-sharers", "4", "--json").out)
+    assert (report["intra_pages"], report["saved_pages"], report["dropped"]) == (9, 7, {"max_sharers": 2})
+
+
+BAD_INPUT = {
+    "missing": (["estimate", "{tmp}/none.raw"], 2, "none.raw"),
+    "directory": (["estimate", "{tmp}"], 2, "directory"),
+    "empty": (["estimate", "{tmp}/empty"], 2, "empty"),
+    "truncated": (["estimate", "{tmp}/odd"], 2, "4096"),
+    "twice": (["estimate", "{a}", "{a}"], 2, "the same file as"),
+    "hard link": (["estimate", "{a}", "{tmp}/link"], 2, "the same file as"),
+    "format": (["estimate", "{a}", "--format", "tape"], 2, "'tape' is no image format"),
+    "group": (["estimate", "{a}", "--group", "web=a.raw,c.raw"], 2, "c.raw"),
+    "group without domains": (["estimate", "{a}", "--group", "web="], 2, "web"),
+    "process gone": (["capture", "pid:999999999", "-o", "{tmp}/x.core"], 2, "999999999"),
+    "no process": (["capture", "init", "-o", "{tmp}/x.core"], 2, "write pid:N"),
+    "capture into nowhere": (["capture", "pid:{pid}", "-o", "{tmp}/none/x.core"], 2, "none/x.core"),
+    "over the limit": (["capture", "pid:{pid}", "-o", "{tmp}/x.core", "--limit-mib", "1"], 2, "raise the limit"),
+    "live process": (["estimate", "pid:1"], 3, "memshr capture pid:1 -o FILE"),
+    "host": (["ctl", "vmware:", "info"], 2, "'vmware:' is no host"),
+    "call": (["ctl", "embedded:", "levitate"], 2, "unknown operation 'levitate'"),
+    "unknown domain": (["ctl", "embedded:{a}", "nominate", "7", "0"], 1, ""),
+    "trace": (["replay", "{a}"], 2, "no JSON"),
+    "usage": (["estimate"], 2, "SOURCE"),
+    "command": (["levitate"], 2, "levitate"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    what: str, memshr: CommandLine, images: tuple[Path, Path], tmp_path: Path
+) -> None:
+    arguments, code, words = BAD_INPUT[what]
+    (tmp_path / "empty").touch()
+    (tmp_path / "odd").write_bytes(bytes(PAGE_SIZE + 7))
+    os.link(images[0], tmp_path / "link")
+    before = sorted(tmp_path.iterdir())
+    places = {"tmp": tmp_path, "a": images[0], "pid": os.getpid()}
+    outcome = memshr(*(argument.format_map(places) for argument in arguments))
+    assert outcome.code == code
+    assert words in outcome.err
+    assert "Traceback" not in outcome.err
+    if what not in ("usage", "command", "unknown domain"):
+        assert outcome.err.startswith("memshr: ")
+        assert outcome.err.count("\n") == 1
+        assert outcome.out == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_internal_error_is_one_line_too(
+    memshr: CommandLine, images: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_arguments: object) -> None:
+        raise ZeroDivisionError("a bug\nof two lines")
+
+    monkeypatch.setattr("memshr.cli.estimate.run_session", lambda *_arguments, **_options: broken())
+    outcome = memshr("estimate", images[0])
+    assert outcome.code == 1
+    assert outcome.err == "memshr: internal error, please report it: ZeroDivisionError: a bug of two lines\n"
+
+
+def test_reader_that_has_seen_enough_is_no_error(images: tuple[Path, Path]) -> None:
+    command = f"{sys.executable} -m memshr estimate {images[0]} --json | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+def test_terminated_capture_leaves_no_file(tmp_path: Path) -> None:
+    target = [sys.executable, "-c", "held = bytearray(b'x') * 400_000_000\nprint('ready', flush=True)\ninput()"]
+    with subprocess.Popen(target, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        command = [sys.executable, "-m", "memshr", "capture", f"pid:{process.pid}", "-o", str(tmp_path / "x.core")]
+        with subprocess.Popen(command) as capture:
+            while not list(tmp_path.iterdir()) and capture.poll() is None:
+                pass  # until the temporary file is there
+            capture.terminate()
+        process.communicate("\n")
+    assert capture.returncode in (0, 143)  # 0: it had finished before the signal came
+    assert [path.name for path in tmp_path.iterdir()] == ["x.core"] * (capture.returncode == 0)
+
+
+def test_help_reads_like_a_manual(memshr: CommandLine) -> None:
+    outcome = memshr("--help")
+    assert outcome.code == 0
+    for words in ("Examples:", "Exit codes:", "trust group", "estimate", "replay"):
+        assert words in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 110
+
+
+def test_version(memshr: CommandLine) -> None:
+    assert memshr("--version").out.startswith("memshr 0.")
+
+
+def test_demo_tells_the_whole_story(memshr: CommandLine) -> None:
+    outcome = memshr("demo")
+    assert outcome.code == 0, outcome.err
+    for words in (
+        "Four programs",
+        "shares within itself only",
+        "The writer reads what it wrote",
+        "Audit after the write: 0 findings.",
+        "memshr estimate a.core b.core",
+    ):
+        assert words in outcome.out
+
+
+def test_demo_in_json_adds_up(memshr: CommandLine) -> None:
+    stories = json.loads(memshr("demo", "--json").out)
+    together = stories["together"]
+    assert len(together["domains"]) == 4
+    assert together["inter_pages"] > 1000
+    assert together["saved_pages"] == together["zero_pages"] + together["intra_pages"] + together["inter_pages"]
+    assert stories["alone"]["saved_pages"] == stories["alone"]["zero_pages"] + stories["alone"]["intra_pages"]
+
+
+# -- ctl -------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+# the story of the calls
+create_domain name=A pages=16
+create_domain B 16
+write dom=A gfn=3 data="same content" byte=0
+write dom=B gfn=5 data="same content" byte=0
+nominate dom=A gfn=3 save=ha
+nominate B 5 save=hb
+share A 3 $ha B 5 $hb
+debug-gfn dom=B gfn=5
+read dom=B gfn=5
+audit
+info
+"""
+
+
+def test_ctl_runs_a_script(memshr: CommandLine) -> None:
+    outcome = memshr("ctl", "embedded:", stdin=SCRIPT)
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert lines[4:8] == ["0 handle=2", "0 handle=3", "0", "2"]
+    assert '"same content"' in lines[8]
+    assert lines[9] == "0 findings=[]"
+    assert "freed_pages=1 used_frames=1" in lines[10]
+
+
+def test_ctl_script_in_json(memshr: CommandLine) -> None:
+    answers = [json.loads(line) for line in memshr("ctl", "embedded:", "--json", stdin=SCRIPT).out.splitlines()]
+    assert [answer["handle"] for answer in answers[4:6]] == [2, 3]
+    assert answers[-1]["domains"]["A"] == {"domid": 1, "tot_pages": 15, "shr_pages": 1}
+
+
+def test_ctl_on_images(memshr: CommandLine, images: tuple[Path, Path]) -> None:
+    host = f"embedded:{images[0]},{images[1]}"
+    assert memshr("ctl", host, "nominate", "1", "0x2").out == "0 handle=2\n"
+    assert memshr("ctl", host, "nominate", "dom=b.raw", "gfn=1").out == "0 handle=2\n"
+    assert memshr("ctl", host, "enable", "1").out == "0\n"
+    assert memshr("ctl", host, "range", "1", "2", "0", "3").code == 0
+
+
+def test_ctl_refused_call_says_what_it_means_for_that_call(memshr: CommandLine) -> None:
+    script = "create_domain A 2\nnominate A 0 save=h\nshare A 0 99 A 1 $h\ndebug_gfn A 1\nnominate A 7\n"
+    outcome = memshr("ctl", "embedded:", stdin=script)
+    assert outcome.code == 1
+    share, debug, nominate = outcome.out.splitlines()[2:]
+    assert share.startswith("-1 client handle invalid (share_gfns: the client's handle")
+    assert debug == "-1 EINVAL (debug_gfn: gfn 1 of domain 1 is not shared)"
+    assert nominate == "-1 EINVAL (nominate_gfn: gfn 7 of domain 1 is not populated with plain RAM)"
+
+
+@pytest.mark.parametrize(
+    ("script", "where"),
+    [
+        ("create_domain A 2\nlevitate A", "line 2, column 1: "),
+        ("create_domain A 2\n\nnominate A gfm=1", "line 3, column 12: "),
+        ("nominate A 1", "line 1: nominate: no domain was ever named 'A'"),
+        ("create_domain A 2\nnominate A -2", "line 2: nominate: gfn=-2"),
+        ("create_domain A 2\nnominate A 0x10000000000000000", "line 2: nominate: gfn="),
+        ("create_domain A two", "line 1: create_domain: pages='two' is not a number"),
+    ],
+)
+def test_ctl_bad_script_names_line_and_column(script: str, where: str, memshr: CommandLine) -> None:
+    outcome = memshr("ctl", "embedded:", stdin=script)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"memshr: {where}")
+    assert outcome.err.count("\n") == 1
+
+
+def test_ctl_help_lists_every_call(memshr: CommandLine) -> None:
+    text = memshr("ctl", "--help").out
+    for call in ("nominate dom gfn", "share sdom sgfn sh cdom cgfn ch", "fork_reset dom [state] [memory]"):
+        assert call in text
+
+
+# -- replay ----------------------------------------------------------------------------------------------------------
+
+TRACES = Path(__file__).parents[1] / "traces"
+
+
+def test_replay_prints_a_line_a_scenario(memshr: CommandLine) -> None:
+    files = [TRACES / "share_basic_lifecycle.json", TRACES / "oom_p2m_pool_add_to_physmap.json"]
+    outcome = memshr("replay", *files)
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert lines[0] == "ok share_basic_lifecycle (28 steps)"
+    assert lines[1] == "ok oom_p2m_pool_add_to_physmap (146 steps; failed-plug-counted)"
+    assert lines[2].startswith("(failed-plug-counted: ")
+
+
+def test_replay_exits_with_1_on_a_difference(memshr: CommandLine, tmp_path: Path) -> None:
+    trace = json.loads((TRACES / "nominate_twice.json").read_text())
+    trace["steps"][6]["handle"] = 5
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(trace))
+    outcome = memshr("replay", changed)
+    assert outcome.code == 1
+    assert outcome.out == ("differs changed step 7: nominate dom=A gfn=2 save=h: handle: Xen 5, memshr 2\n")
+    (result,) = json.loads(memshr("replay", changed, "--json").out).values()
+    assert (result["ok"], result["differences"][0]["what"]) == (False, "handle")
