@@ -9,6 +9,7 @@ cannot prove.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from memshr.types import DomId, Gfn, Handle
 
@@ -33,6 +34,10 @@ class Groups:
         """The client's frame was given up for the source's."""
         moved = self._pages.pop(client_handle, (client,))
         self._add(source_handle, source, moved)
+
+    def learn(self, handle: Handle, pages: Iterable[Page]) -> None:
+        """These are all the pages of a frame, as was just found out."""
+        self._pages[handle] = tuple(pages)
 
     def plug(self, source: Page, handle: Handle, client: Page) -> None:
         """A page was put on the source's frame without giving up another."""

@@ -405,9 +405,12 @@ class XenHypervisor:
             return False
         if sharers == 1:
             return True
-        known = self._groups.pages(Handle(client_handle)) | {client}
+        known = self._groups.pages(Handle(client_handle)) | {client, (source[0], client[1])}  # range_share: one gfn
         present = [page for page in known if self._is_version(page, client_handle)]
-        return len(present) == sharers and all(domid in (source[0], client[0]) for domid, _ in present)
+        if len(present) != sharers or any(domid not in (source[0], client[0]) for domid, _ in present):
+            return False
+        self._groups.learn(Handle(client_handle), present)
+        return True
 
     def _is_version(self, page: Page, handle: int) -> bool:
         # Whether a page is shared now under this handle. Asked in this order nothing is nominated that was not.

@@ -83,6 +83,12 @@ class Mappings:
                 statuses[good[batch]] = found
         return statuses
 
+    @contextlib.contextmanager
+    def held(self, domid: int, gfn: int) -> Iterator[None]:
+        """Keep a page mapped for as long as the ``with`` lasts, for tests: it cannot be nominated meanwhile."""
+        with self._mapped(domid, np.array([gfn], np.uint64), PROT_READ):
+            yield
+
     def write(self, domid: int, gfn: int, data: bytes, offset: int = 0) -> int:
         """Put bytes into a guest's page, for tests: a status. Nothing in the sharing of pages calls this.
 

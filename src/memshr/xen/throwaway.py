@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
@@ -121,6 +122,10 @@ class ThrowawayDomains:
         status = self._mappings.write(domid, gfn, data, offset)
         if status != Status.OK:
             raise error_of("write", status, domid=domid, gfn=gfn)
+
+    def held(self, domid: DomId, gfn: Gfn) -> AbstractContextManager[None]:
+        """Keep a page mapped for as long as the ``with`` lasts."""
+        return self._mappings.held(domid, gfn)
 
     def read(self, domid: DomId, gfn: Gfn) -> bytes:
         """What the guest would see in its page. :raises NotSharableError: no RAM there."""
