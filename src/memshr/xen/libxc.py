@@ -319,12 +319,13 @@ def load(release: Release) -> Libxc | None:
         except AttributeError:
             continue
         function.restype = prototype.restype
-        function.argtypes = _argtypes(prototype, release)
+        function.argtypes = argtypes_of(prototype, release)
         functions[prototype.name] = function
     return Libxc(functions, release, names[XENCTRL])
 
 
-def _argtypes(prototype: Prototype, release: Release) -> tuple[Any, ...]:
+def argtypes_of(prototype: Prototype, release: Release) -> tuple[Any, ...]:
+    """What a function takes in a release: what its prototype says, but for the two that changed."""
     if prototype.name == "xc_memshr_fork_reset" and not RELEASES[release].fork_reset_has_flags:
         return (_XCH, _DOMID)
     if prototype.name == "xc_shadow_control" and release < Release(4, 16):
