@@ -9,7 +9,6 @@ cannot prove.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 
 from memshr.types import DomId, Gfn, Handle
 
@@ -27,24 +26,25 @@ class Groups:
     """
 
     def __init__(self, max_frames: int = MAX_FRAMES) -> None:
-        self._pages: OrderedDict[Handle, tuple[Page, ...]] = OrderedDict()
+        self._pages: OrderedDict[Handle, list[Page]] = OrderedDict()
         self._max_frames = max_frames
 
     def join(self, source: Page, source_handle: Handle, client: Page, client_handle: Handle) -> None:
         """The client's frame was given up for the source's."""
-        moved = self._pages.pop(client_handle, (client,))
-        self._add(source_handle, source, moved)
+        moved = self._pages.pop(client_handle, None)
+        self._add(source_handle, source, [client] if moved is None else moved)
 
-    def learn(self, handle: Handle, pages: Iterable[Page]) -> None:
+    def learn(self, handle: Handle, pages: list[Page]) -> None:
         """These are all the pages of a frame, as was just found out."""
-        self._pages[handle] = tuple(pages)
+        self._pages[handle] = pages
 
     def plug(self, source: Page, handle: Handle, client: Page) -> None:
         """A page was put on the source's frame without giving up another."""
-        self._add(handle, source, (client,))
+        self._add(handle, source, [client])
 
-    def _add(self, handle: Handle, source: Page, pages: tuple[Page, ...]) -> None:
-        together = (*self._pages.pop(handle, (source,)), *pages)
+    def _add(self, handle: Handle, source: Page, pages: list[Page]) -> None:
+        together = self._pages.pop(handle, None) or [source]
+        together += pages
         if len(together) > MAX_PAGES_OF_A_FRAME:
             return
         self._pages[handle] = together

@@ -70,6 +70,8 @@ class XenHypervisor:
         self._connection = connection
         self._libxc = connection.libxc
         self._xch = connection.xch
+        self._debug = self._libxc.xc_memshr_debug_gfn
+        self._share_gfns = self._libxc.xc_memshr_share_gfns
         self._mappings = Mappings(connection)
         self._names = Names() if names is None else names
         self._dtype = libxc.domaininfo_dtype(self._libxc.release)
@@ -335,40 +337,39 @@ class XenHypervisor:
 
     def _share(
         self,
-        source_domid: int,
-        source_gfn: int,
-        source_handle: int,
-        client_domid: int,
-        client_gfn: int,
-        client_handle: int,
+        source_domid: DomId,
+        source_gfn: Gfn,
+        source_handle: Handle,
+        client_domid: DomId,
+        client_gfn: Gfn,
+        client_handle: Handle,
     ) -> int:
         # A share that Xen survives; its status.
-        if (status := self._first(source_domid, "share_gfns")) != Status.OK:
+        enabled = self._enabled
+        if source_domid not in enabled and (status := self._first(source_domid, "share_gfns")) != Status.OK:
             return status
-        source, client = (DomId(source_domid), Gfn(source_gfn)), (DomId(client_domid), Gfn(client_gfn))
-        if client_domid not in self._enabled and (done := self._ask_about_client(source, client)) is not None:
+        source, client = (source_domid, source_gfn), (client_domid, client_gfn)
+        if client_domid not in enabled and (done := self._ask_about_client(source, client)) is not None:
             return done
-        sharers = self._libxc.xc_memshr_debug_gfn(self._xch, client_domid, _wire(client_gfn))
-        if (sharers > 1 or client_domid in self._forks.values()) and not self._may_give_up(
+        wire_client = _wire(client_gfn)
+        sharers = self._debug(self._xch, client_domid, wire_client)
+        if (sharers > 1 or self._forks) and not self._may_give_up(
             source, source_handle, client, client_handle, sharers
         ):
             return Status.EBUSY
-        answer = self._libxc.xc_memshr_share_gfns(
-            *(self._xch, source_domid, _wire(source_gfn), source_handle),
-            *(client_domid, _wire(client_gfn), client_handle),
+        answer = self._share_gfns(
+            self._xch, source_domid, _wire(source_gfn), source_handle, client_domid, wire_client, client_handle
         )
         if answer < 0:
             return self._status("share_gfns")
-        self._groups.join(source, Handle(source_handle), client, Handle(client_handle))
+        self._groups.join(source, source_handle, client, client_handle)
         return Status.OK
 
     def _ask_about_client(self, source: Page, client: Page) -> int | None:
         # To count a client's sharers would enable sharing on its domain, which a share does not do. So for a domain
         # that was not seen enabled, ask with handles that never exist: Xen looks at the domains first, and then at
         # whether there is anything to do. The answer, if it is one; None if the domain turns out to be enabled.
-        answer = self._libxc.xc_memshr_share_gfns(
-            self._xch, source[0], _wire(source[1]), 0, client[0], _wire(client[1]), 0
-        )
+        answer = self._share_gfns(self._xch, source[0], _wire(source[1]), 0, client[0], _wire(client[1]), 0)
         if answer >= 0:
             return Status.OK
         status = self._status("share_gfns")
@@ -415,7 +416,7 @@ class XenHypervisor:
     def _is_version(self, page: Page, handle: int) -> bool:
         # Whether a page is shared now under this handle. Asked in this order nothing is nominated that was not.
         domid, gfn = page[0], _wire(page[1])
-        if self._libxc.xc_memshr_debug_gfn(self._xch, domid, gfn) < 1:
+        if self._debug(self._xch, domid, gfn) < 1:
             return False
         present = ctypes.c_uint64()
         answer = self._libxc.xc_memshr_nominate_gfn(self._xch, domid, gfn, ctypes.byref(present))
@@ -510,9 +511,8 @@ class XenHypervisor:
             return None
         if self._has_forks(client_domid):
             return first
-        debug = self._libxc.xc_memshr_debug_gfn
         for gfn in range(first, min(last, self.maximum_gfn(DomId(client_domid))) + 1):
-            if debug(self._xch, client_domid, gfn) > 1:
+            if self._debug(self._xch, client_domid, gfn) > 1:
                 handle = ctypes.c_uint64()
                 self._libxc.xc_memshr_nominate_gfn(self._xch, client_domid, gfn, ctypes.byref(handle))
                 if not self._is_version((DomId(source_domid), Gfn(gfn)), handle.value):
@@ -530,7 +530,7 @@ class XenHypervisor:
         """See the seam. A debug build of Xen writes a line to its console for each."""
         status = self._first(domid, "debug_gfn")
         if status == Status.OK:
-            answer = self._libxc.xc_memshr_debug_gfn(self._xch, domid, _wire(gfn))
+            answer = self._debug(self._xch, domid, _wire(gfn))
             if answer >= 0:
                 return int(answer)
             status = self._status("debug_gfn")
