@@ -170,6 +170,26 @@ class XenHypervisor:
             raise error_of("domain_info", Status.ESRCH, domid=domid)
         return info
 
+    def select(self, name: str) -> list[DomainInfo]:
+        """The domains that a user names: ``all`` (every one whose memory can be read), a domid, or a name.
+
+        :raises NoSuchDomainError: there is none, or a name is that of several.
+        """
+        domains = self.domains()
+        if name == "all":
+            found = [info for info in domains if info.kind is not DomainKind.PV and not info.dying]
+            if not found:
+                raise errors.NoSuchDomainError("no HVM or PVH domain runs on this host")
+            return found
+        if name.isascii() and name.isdecimal():
+            return [self.domain_info(DomId(int(name)))]
+        found = [info for info in domains if info.name == name]
+        if len(found) != 1:
+            names = ", ".join(f"{info.domid} ({info.name})" for info in domains) or "none"
+            which = f"{len(found)} domains are called" if found else "no domain is called"
+            raise errors.NoSuchDomainError(f"{which} {name!r}", remedy=f"name one by its domid; there are: {names}")
+        return found
+
     def populated_ranges(self, domid: DomId) -> NDArray[np.int64]:
         """See the seam. Cost: one mapping for BATCH_PAGES gfns up to the highest.
 
