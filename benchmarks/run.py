@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 import embedded
 import fingerprints
 import sessions
+import xen
 
 BENCHES: dict[str, Callable[[], None]] = {
     "fingerprint": fingerprints.speed,
     "collisions": fingerprints.collisions,
     **{bench.__name__: bench for bench in embedded.BENCHES},
+    **{f"xen_{bench.__name__}": bench for bench in xen.BENCHES},
     "session": sessions.cost,
 }
 
