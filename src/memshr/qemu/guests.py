@@ -116,22 +116,6 @@ class Drive:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class GuestStatus:
-    """What ``memshr status`` lists about one guest. ``state`` is QEMU's word (running, paused, prelaunch, ...).
-
-    ``shared_pages`` are its pages that lie on frames of a pool and were not written since; ``pools`` are the trust
-    groups of those frames. Both come from the kernel and are right whether or not a memshr is running.
-    """
-
-    process: GuestProcess
-    state: str
-    ram_bytes: int
-    refusals: tuple[Refusal, ...]
-    shared_pages: int
-    pools: tuple[str, ...]
-
-
 # -- who is there ------------------------------------------------------------------------------------------------------
 
 
