@@ -1,21 +1,26 @@
 """Opens what a user names: sources of memory, and hosts to call by hand. An explicit table, imported when needed.
 
-A SOURCE is a memory image (a path) or, with a prefix, something live. A HOST is a mechanism: ``embedded:`` with the
-images that its domains are made of.
+A SOURCE is a memory image (a path) or, with a prefix, something live: ``qemu:all``, ``qemu:NAME``. A HOST is a
+mechanism: ``embedded:`` with the images that its domains are made of, or ``qemu:`` with the guests.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memshr.embedded import EmbeddedHypervisor
-from memshr.errors import MemshrError, UnsupportedError
+from memshr.errors import MemshrError, NoSuchDomainError, UnsupportedError
 from memshr.hypervisor import Hypervisor
 from memshr.images import MemoryImage, open_image
+from memshr.types import DomainInfo, DomId
 
-LIVE_PREFIXES = ("pid", "qemu", "xen")
+if TYPE_CHECKING:
+    from memshr.qemu.guests import GuestProcess
+    from memshr.qemu.hypervisor import QemuHypervisor
+
 EMBEDDED = "embedded:"
 
 
@@ -63,12 +68,12 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in absolute]
 
 
-@contextlib.contextmanager
-def open_sources(sources: Sequence[str], *, format: str | None = None) -> Iterator[Hypervisor]:
-    """The host on which the sources of ``estimate`` and ``share`` are domains.
+def are_guests(sources: Sequence[str]) -> bool:
+    """True if the sources are running QEMU guests, False if they are image files.
 
-    :raises MemshrError: a source cannot be opened; see open_images.
+    :raises MemshrError: they are of both kinds, or of a kind that cannot be shared.
     """
+    prefixes = {_prefix(source) for source in sources}
     for source in sources:
         prefix = _prefix(source)
         if prefix == "pid":
@@ -76,20 +81,67 @@ def open_sources(sources: Sequence[str], *, format: str | None = None) -> Iterat
                 f"{source}: a process cannot be read in place",
                 remedy=f"write its memory to a file first: memshr capture {source} -o FILE",
             )
-        if prefix in LIVE_PREFIXES:
-            raise UnsupportedError(f"{source}: this version of memshr has no {prefix}: mechanism; it reads image files")
-    with open_images(sources, format=format) as hypervisor:
+        if prefix == "xen":
+            raise UnsupportedError(f"{source}: this version of memshr does not drive Xen hosts")
+    if "qemu" in prefixes and len(prefixes) > 1:
+        raise MemshrError("running guests and image files cannot share with each other", remedy="name one kind")
+    return "qemu" in prefixes
+
+
+def select_guests(sources: Sequence[str]) -> list[GuestProcess]:
+    """The running guests that ``qemu:all``, ``qemu:NAME``, ``qemu:PID`` or ``qemu:NAME@SOCKET`` name, each once.
+
+    :raises NoSuchDomainError: there is none, or a name is that of several.
+    """
+    from memshr.qemu import guests  # noqa: PLC0415  # a machine without Linux can still read images
+
+    found: dict[int, GuestProcess] = {}
+    for source in sources:
+        for process in guests.select_guests(source.partition(":")[2]):
+            found.setdefault(process.pid, process)
+    if not found:
+        raise NoSuchDomainError("no QEMU guest runs on this host")
+    return list(found.values())
+
+
+Grouping = Callable[[Sequence[DomainInfo]], Mapping[str, Collection[str]]]
+
+
+@contextlib.contextmanager
+def open_guests(
+    processes: Sequence[GuestProcess], *, groups: Grouping = lambda _: {}, reserve_bytes: int | None = None
+) -> Iterator[QemuHypervisor]:
+    """Running guests as a host; opening only looks.
+
+    :param groups: tells from the guests which trust group's name has which of them.
+    :param reserve_bytes: memory of the host that sharing and unsharing leave alone; None: the mechanism's default.
+    :raises MemshrError: a guest cannot be reached.
+    """
+    from memshr.qemu.hypervisor import DEFAULT_RESERVE_BYTES, QemuHypervisor  # noqa: PLC0415  # as above
+
+    infos = [
+        DomainInfo(DomId(number), process.name, tot_pages=0, shr_pages=0, max_pages=0)
+        for number, process in enumerate(processes, 1)
+    ]
+    reserve = DEFAULT_RESERVE_BYTES if reserve_bytes is None else reserve_bytes
+    with QemuHypervisor(processes, groups=groups(infos), reserve_bytes=reserve) as hypervisor:
         yield hypervisor
 
 
 @contextlib.contextmanager
 def open_host(uri: str) -> Iterator[Hypervisor]:
-    """The mechanism that ``uri`` names: ``embedded:``, or ``embedded:IMAGE,IMAGE...`` with a domain for each image.
+    """The mechanism that ``uri`` names.
+
+    ``embedded:``; ``embedded:IMAGE,IMAGE...`` with a domain for each image; ``qemu:all``, ``qemu:NAME`` for guests.
 
     :raises MemshrError: there is no such mechanism, or an image cannot be opened.
     """
+    if _prefix(uri) == "qemu":
+        with open_guests(select_guests([uri])) as guests:
+            yield guests
+        return
     if not uri.startswith(EMBEDDED):
-        raise MemshrError(f"{uri!r} is no host", remedy=f"write {EMBEDDED} or {EMBEDDED}IMAGE,IMAGE")
+        raise MemshrError(f"{uri!r} is no host", remedy=f"write {EMBEDDED} or {EMBEDDED}IMAGE,IMAGE, or qemu:all")
     paths = [path for path in uri.removeprefix(EMBEDDED).split(",") if path]
     with open_images(paths) as hypervisor:
         yield hypervisor

@@ -43,7 +43,7 @@ class Embedded(RuleBasedStateMachine):
         self.living.append(domid)
         self.hypervisor.control(domid, True)
         for gfn in map(Gfn, range(PAGES)):
-            self.model.write(domid, gfn, bytes(PAGE_SIZE))
+            self.model.write(domid, gfn, self.hypervisor.read(domid, gfn))  # frames come as they were left, as in Xen
         return domid
 
     @rule(domid=domains)
@@ -122,7 +122,7 @@ class Embedded(RuleBasedStateMachine):
             except errors.HostMemoryError:
                 return
             self.model.forget(domid, gfn)
-            self.model.write(domid, gfn, bytes(PAGE_SIZE))
+            self.model.write(domid, gfn, self.hypervisor.read(domid, gfn))
 
     @rule(domid=domains, gfn=gfns)
     def decrease_reservation(self, domid: DomId | None, gfn: Gfn) -> None:

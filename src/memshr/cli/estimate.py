@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from memshr.backends import open_sources
+from memshr.backends import are_guests, open_images
 from memshr.cli.options import print_json, sharing_options
 from memshr.cli.session import exit_with, print_report, run_session
+from memshr.errors import UnsupportedError
 
 
 @click.command()
@@ -20,7 +21,12 @@ def estimate(
     compared: the figures are exact, not sampled. They tell apart zero pages, equal pages inside one domain, and equal
     pages between domains of a trust group.
     """
-    with open_sources(sources, format=image_format) as hypervisor:
+    if are_guests(sources):
+        raise UnsupportedError(
+            "running guests are estimated from a dump",
+            remedy="write one with QEMU's dump-guest-memory (the guest goes on), and estimate that file",
+        )
+    with open_images(sources, format=image_format) as hypervisor:
         report = run_session(hypervisor, groups, max_sharers=max_sharers)
     if as_json:
         print_json(report.to_dict())

@@ -15,8 +15,10 @@ from memshr.cli.capture import capture
 from memshr.cli.ctl import ctl
 from memshr.cli.demo import demo
 from memshr.cli.estimate import estimate
+from memshr.cli.leave import detach, unshare
 from memshr.cli.replay import replay
 from memshr.cli.share import share
+from memshr.cli.status import status, top
 from memshr.errors import MemshrError
 
 EPILOG = """\b
@@ -24,7 +26,9 @@ Examples:
   memshr demo                                   the whole story on real memory, no root needed
   memshr capture pid:4711 -o a.core             write the memory of a process to a file
   memshr estimate a.core b.core --group all     what would sharing save?
-  memshr share a.core b.core --json             share them, with every check, and report
+  memshr status                                 the QEMU guests of this host, and what they share
+  memshr share qemu:all --group all             give memory back to the host, the guests running
+  memshr detach qemu:all                        take everything back
   memshr ctl embedded: < script                 Xen's calls by hand
   memshr replay tests/traces/*.json             does memshr answer as a real Xen did?
 
@@ -46,10 +50,11 @@ def commands() -> None:
     --group says otherwise.
 
     A SOURCE is a memory image: a raw file of pages, or an ELF core (QEMU's dump-guest-memory, gcore, memshr capture).
+    Running QEMU guests on Linux are qemu:all, qemu:NAME, qemu:PID, or qemu:NAME@SOCKET with their QMP socket; as root.
     """
 
 
-for command in (demo, estimate, share, audit, capture, ctl, replay):
+for command in (demo, estimate, share, status, top, audit, unshare, detach, capture, ctl, replay):
     commands.add_command(command)
 
 

@@ -12,6 +12,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 
+guests = click.argument("guests", nargs=-1, required=True, metavar="qemu:GUEST...")
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys instead of text.")
 
 image_format = click.option(
@@ -34,6 +36,16 @@ max_sharers = click.option(
     default=256,
     show_default=True,
     help="How many pages may be on one frame; beyond that a second frame is used.",
+)
+
+
+reserve_mib = click.option(
+    "--reserve-mib",
+    type=click.IntRange(0),
+    metavar="N",
+    default=256,
+    show_default=True,
+    help="Running guests: stop before the host's MemAvailable falls below this, in MiB.",
 )
 
 

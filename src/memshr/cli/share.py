@@ -2,27 +2,109 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
 import click
 
-from memshr.backends import open_sources
-from memshr.cli.options import print_json, sharing_options
-from memshr.cli.session import exit_with, print_report, run_session
+from memshr.backends import are_guests, open_guests, open_images, select_guests
+from memshr.cli.options import print_json, reserve_mib, sharing_options
+from memshr.cli.session import exit_with, mib, print_report, run_session
+from memshr.errors import RefusedDomainError
+from memshr.sharing.groups import trust_groups
+from memshr.types import PAGE_SIZE, DomainInfo
+
+if TYPE_CHECKING:
+    from memshr.qemu.guests import GuestProcess
 
 
 @click.command()
 @sharing_options
+@reserve_mib
 def share(
-    sources: tuple[str, ...], groups: tuple[str, ...], image_format: str | None, max_sharers: int, as_json: bool
+    sources: tuple[str, ...],
+    groups: tuple[str, ...],
+    image_format: str | None,
+    max_sharers: int,
+    as_json: bool,
+    reserve_mib: int,
 ) -> None:
     """Share equal pages now: nominate, compare, share, audit.
+
+    Running QEMU guests (qemu:all, qemu:NAME, qemu:PID, qemu:NAME@SOCKET) go on running; what they share stays shared
+    after the command, and the host has the memory. Guests that must not be touched are left alone, with the reason; see
+    memshr status.
 
     Image files are shared in the embedded reference hypervisor, which lives as long as the command: it shows what
     happens, and the files stay as they are.
     """
-    with open_sources(sources, format=image_format) as hypervisor:
+    if are_guests(sources):
+        _share_guests(select_guests(sources), groups, max_sharers, reserve_mib << 20, as_json=as_json)
+        return
+    with open_images(sources, format=image_format) as hypervisor:
         report = run_session(hypervisor, groups, max_sharers=max_sharers)
     if as_json:
         print_json(report.to_dict())
     else:
         print_report(report, verb="given back")
     exit_with(report)
+
+
+def group_names(specs: Sequence[str], domains: Sequence[DomainInfo]) -> Mapping[str, Collection[str]]:
+    """The names of the domains of each trust group that ``specs`` write down."""
+    names = {info.domid: info.name for info in domains}
+    return {
+        group.name: [names[domid] for domid in group.domids]
+        for group in trust_groups(domains, specs, lambda: 0)
+        if specs and (len(group.domids) > 1 or any(spec.startswith(f"{group.name}=") for spec in specs))
+    }
+
+
+def _share_guests(
+    processes: Sequence[GuestProcess], groups: Sequence[str], max_sharers: int, reserve_bytes: int, *, as_json: bool
+) -> None:
+    from memshr.qemu.pagemap import host_available_bytes  # noqa: PLC0415  # only where there are guests
+
+    willing = _willing(processes)
+    before_bytes = host_available_bytes()
+    with open_guests(
+        willing, groups=lambda domains: group_names(groups, domains), reserve_bytes=reserve_bytes
+    ) as hypervisor:
+        report = run_session(hypervisor, groups, max_sharers=max_sharers)
+        hypervisor.fold_back()
+        figures = [hypervisor.guest_figures(info.domid) for info in hypervisor.domains()]
+    gained_bytes = host_available_bytes() - before_bytes
+    if as_json:
+        host = {"mem_available_gained_bytes": gained_bytes, "counted_bytes": report.saved_pages * PAGE_SIZE}
+        print_json(report.to_dict() | {"host": host})
+    else:
+        print_report(report, verb="given back")
+        click.echo(
+            f"Host: MemAvailable {gained_bytes / 2**20:+,.1f} MiB; the pages counted are {mib(report.saved_pages)} MiB."
+        )
+        click.echo(
+            "The two differ by what was shared before this run, by what the guests and the host's other programs"
+            " allocated or freed meanwhile, and by neighbours of shared pages in huge pages that were split."
+        )
+        for guest in figures:
+            click.echo(f"{guest.name}: {guest.mappings_left:,} more mappings fit into its process.")
+    exit_with(report)
+
+
+def _willing(processes: Sequence[GuestProcess]) -> list[GuestProcess]:
+    """The guests that may be touched; the others are named on standard error, with every reason."""
+    from memshr.qemu.status import guest_status  # noqa: PLC0415  # as above
+
+    willing = []
+    reasons: list[str] = []
+    for process in processes:
+        refusals = guest_status(process).refusals
+        if not refusals:
+            willing.append(process)
+        reasons += [f"guest {process.name} ({process.pid}) is left alone: {refusal}" for refusal in refusals]
+    if not willing:
+        raise RefusedDomainError(reasons[0] if len(reasons) == 1 else "; ".join(reasons), reasons=reasons)
+    for reason in reasons:
+        print(f"memshr: {reason}", file=sys.stderr)
+    return willing

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,18 +164,20 @@ def _new_file(path: str | os.PathLike[str], size_bytes: int) -> Iterator[BinaryI
         space = shutil.disk_usage(target.parent)
         if space.total and space.free < size_bytes:
             raise _no_room(path, f"{size_bytes} bytes to write, {space.free} are free")
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".memshr-capture-")
+    # Named before it is made, so that whatever interrupts us at whatever point, we know what to take away.
+    unfinished = target.with_name(f".memshr-capture-{secrets.token_hex(8)}")
     try:
-        file = os.fdopen(descriptor, "wb", buffering=1 << 20)
+        with _errors_of_output(path):
+            file = os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=1 << 20)
         try:
             yield file
         finally:
             with contextlib.suppress(OSError):  # it writes what it still has; if that fails, it failed before
                 file.close()
         with _errors_of_output(path):
-            Path(name).replace(target)
+            unfinished.replace(target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 

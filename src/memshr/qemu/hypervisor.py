@@ -80,7 +80,8 @@ _NOWHERE: Final = -1
 _FIRST_HANDLE: Final = 2
 _PLAIN, _NOMINATED, _IN_FLIGHT = 0, 1, 2
 _WINDOW_PAGES: Final = MOVED_PAGES
-_DEFAULT_RESERVE_BYTES: Final = 256 << 20
+DEFAULT_RESERVE_BYTES: Final = 256 << 20
+"""Memory of the host that sharing and unsharing leave alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ class QemuHypervisor:
         processes: Sequence[GuestProcess],
         *,
         groups: Mapping[str, Collection[str]] | None = None,
-        reserve_bytes: int = _DEFAULT_RESERVE_BYTES,
+        reserve_bytes: int = DEFAULT_RESERVE_BYTES,
     ) -> None:
         self._reserve_bytes = reserve_bytes
         self._locks: dict[int, GuestLock] = {}

@@ -103,8 +103,8 @@ def share(
     A domain that goes away in mid-run is skipped. When the host runs out of memory the session stops, and the report
     says so. Running it again over the same domains finds what is new.
 
-    Cost: reading all memory once, plus nominating, comparing and sharing the candidates. Memory: 18 bytes a page of the
-    group that is under way and at most 42 more for each candidate, beside two buffers.
+    Cost: reading all memory once, plus nominating, comparing and sharing the candidates. Memory: two buffers, some 40
+    bytes for each page of the group that is under way, and some 100 for each candidate while they are counted.
     """
     options = options or SharingOptions()
     fingerprinting = fingerprinting or partial(Fingerprinter, threads=options.threads)
@@ -171,6 +171,8 @@ class _Reference:
 # What became of a candidate: its content number, or one of these.
 _NOT_REACHED = -1
 _OUT = -2
+
+_NONE: Fingerprints = np.empty(0, np.uint64)
 
 _REASONS = {
     Status.EINVAL: "not_sharable",
@@ -416,7 +418,7 @@ class _GroupSession:
         attempt = 0
         while len(rows):
             attempt += 1
-            deferred_rows, deferred_fingerprints = [rows[:0]], [np.empty(0, np.uint64)]
+            deferred_rows, deferred_fingerprints = [rows[:0]], [_NONE]
             for first, end in _batches(classes, self._batch_pages):
                 differ = self._share_batch(rows[first:end], classes[first:end], reference, self._group.seed + attempt)
                 deferred_rows.append(differ[0])
@@ -441,7 +443,7 @@ class _GroupSession:
             rows, classes = rows[readable.places], classes[readable.places]
             equal = _equal_to_reference(words, classes, reference)
             differing = rows[~equal]
-            fingerprints = universal_fingerprints(words[~equal].view(np.uint8), seed)
+            fingerprints = universal_fingerprints(words[~equal].view(np.uint8), seed) if len(differing) else _NONE
             self._contents[differing] = _NOT_REACHED
             self._unshare(readable.pages[readable.fresh & ~equal])
             if not equal.all():
@@ -474,7 +476,10 @@ class _GroupSession:
             failed = ~shared & ~lost
             kept[clients[failed]] = False
             self._drop_by_status(pages[clients[failed]], statuses[failed], _SHARE_REASONS)
-            clients = self._elect(clients[lost], leaders, frames, kept, pages)
+            clients = clients[lost]
+            if len(clients):
+                clients = self._elect(clients, leaders, frames, kept, pages)
+        # Whoever is alone on a fresh frame shares with nobody, and whoever is not kept may still be nominated.
         _, frame_of, sharers = np.unique(frames, return_inverse=True, return_counts=True)
         sharers -= np.bincount(frame_of[~kept], minlength=len(sharers))
         self._unshare(pages[batch.fresh & (~kept | (sharers[frame_of] == 1))])
@@ -523,17 +528,33 @@ class _GroupSession:
         usable &= np.bincount(class_[usable], minlength=int(class_.max()) + 1)[class_] > 1
         for frame in np.flatnonzero(usable & ~fresh).tolist():
             usable[frame] = self._sharers(batch.pages, int(first[frame])) == size[frame]
-        frames = np.flatnonzero(usable)
-        # Frames of several domains cannot be clients, so they come first and lead; then the larger before the smaller.
-        frames = frames[np.lexsort((first[frames], -size[frames], ~several[frames], fresh[frames], class_[frames]))]
-        starts = _starts(class_[frames])
-        end = np.cumsum(size[frames])
-        end -= np.maximum.accumulate(np.where(starts, end - size[frames], 0))
-        bin_ = (end - size[frames]) // limit
-        leads = starts | np.concatenate([[True], bin_[1:] != bin_[:-1]])[: len(starts)]
-        leader = np.maximum.accumulate(np.where(leads, np.arange(len(frames)), 0))
-        moves = ~leads & ~several[frames] & (end <= (bin_ + 1) * limit)
-        places[first[frames[moves]]] = first[frames[leader[moves]]]
+        # Old frames first, into bins of ``limit`` gfns: the first of a bin leads, the others join it. Frames of several
+        # domains cannot be clients, so they lead or stay; of the others the larger comes before the smaller.
+        old = np.flatnonzero(usable & ~fresh)
+        old = old[np.lexsort((first[old], -size[old], ~several[old], class_[old]))]
+        end = np.cumsum(size[old])
+        starts = _starts(class_[old])
+        end -= np.maximum.accumulate(np.where(starts, end - size[old], 0))
+        bin_ = (end - size[old]) // limit
+        leads = starts | _starts(bin_)
+        leader = np.maximum.accumulate(np.where(leads, np.arange(len(old)), 0))
+        joins = ~leads & ~several[old] & (end <= (bin_ + 1) * limit)
+        places[first[old[joins]]] = first[old[leader[joins]]]
+        # Then the fresh pages: first into the room that is left on old frames, then onto frames of their own.
+        room = limit - size[old] - np.bincount(leader[joins], size[old[joins]], minlength=len(old)).astype(np.int64)
+        room[joins] = 0
+        new = np.flatnonzero(usable & fresh)
+        new = new[np.lexsort((first[new], class_[new]))]
+        rank = np.arange(len(new))
+        rank -= np.maximum.accumulate(np.where(_starts(class_[new]), rank, 0))
+        rooms = np.cumsum(np.bincount(class_[old], room, minlength=int(class_.max()) + 1)).astype(np.int64)
+        room_before = np.concatenate([[0], rooms])[class_[new]]
+        surplus = rank - (rooms[class_[new]] - room_before)
+        inside = surplus < 0
+        seat = np.searchsorted(np.cumsum(room), (room_before + rank)[inside], side="right")
+        places[first[new[inside]]] = first[old[seat]]
+        (own,) = np.nonzero(~inside)
+        places[first[new[own]]] = first[new[own - surplus[own] % limit]]
         return places
 
     def _sharers(self, pages: PageArray, place: int) -> int:
@@ -610,7 +631,7 @@ class _GroupSession:
 
 
 _DOMID_BITS = 16
-_SLAB_CELLS = 1 << 22
+_SLAB_CELLS = 1 << 17
 
 
 def _pages_of(domid: DomId, scan: Scan, which: Mask) -> tuple[PageArray, Fingerprints]:

@@ -1,0 +1,53 @@
+"""memshr unshare and memshr detach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import click
+
+from memshr.backends import open_guests, select_guests
+from memshr.cli.options import as_json, guests, print_json, reserve_mib
+from memshr.cli.session import mib
+
+
+@click.command(short_help="Give guests all their own pages back.")
+@guests
+@reserve_mib
+@as_json
+def unshare(guests: tuple[str, ...], reserve_mib: int, as_json: bool) -> None:
+    """Give running guests all their own pages back, after checking that the host has room for them.
+
+    The guests stay attached: the next share is quick. To leave them wholly, use memshr detach.
+    """
+    _report(_undo(guests, reserve_mib << 20, detach=False), as_json=as_json, verb="has its own pages again")
+
+
+@click.command(short_help="Unshare guests and leave them as they were.")
+@guests
+@reserve_mib
+@as_json
+def detach(guests: tuple[str, ...], reserve_mib: int, as_json: bool) -> None:
+    """Unshare running guests and leave them as they were: memshr's thread, mappings and descriptors are taken out."""
+    _report(_undo(guests, reserve_mib << 20, detach=True), as_json=as_json, verb="is as it was")
+
+
+def _undo(sources: Sequence[str], reserve_bytes: int, *, detach: bool) -> Iterator[tuple[str, int]]:
+    with open_guests(select_guests(sources), reserve_bytes=reserve_bytes) as hypervisor:
+        for info in hypervisor.domains():
+            shared = hypervisor.guest_figures(info.domid).sharing_pages
+            if detach:
+                hypervisor.detach(info.domid)
+            else:
+                hypervisor.unshare_guest(info.domid)
+            yield info.name, shared
+
+
+def _report(done: Iterator[tuple[str, int]], *, as_json: bool, verb: str) -> None:
+    unshared = {}
+    for name, pages in done:
+        unshared[name] = pages
+        if not as_json:
+            click.echo(f"{name} {verb}: {pages:,} pages ({mib(pages)} MiB) were shared.")
+    if as_json:
+        print_json({"unshared_pages": unshared})
