@@ -111,7 +111,7 @@ Grouping = Callable[[Sequence[DomainInfo]], Mapping[str, Collection[str]]]
 def open_guests(
     processes: Sequence[GuestProcess], *, groups: Grouping = lambda _: {}, reserve_bytes: int | None = None
 ) -> Iterator[QemuHypervisor]:
-    """Running guests as a host; opening only looks.
+    """Running guests as a host; opening only looks. Guests that have ended meanwhile are left out.
 
     :param groups: tells from the guests which trust group's name has which of them.
     :param reserve_bytes: memory of the host that sharing and unsharing leave alone; None: the mechanism's default.
@@ -119,6 +119,9 @@ def open_guests(
     """
     from memshr.qemu.hypervisor import DEFAULT_RESERVE_BYTES, QemuHypervisor  # noqa: PLC0415  # as above
 
+    processes = [process for process in processes if process.running]
+    if not processes:
+        raise NoSuchDomainError("every guest that was named has ended")
     infos = [
         DomainInfo(DomId(number), process.name, tot_pages=0, shr_pages=0, max_pages=0)
         for number, process in enumerate(processes, 1)

@@ -4,6 +4,8 @@ import fcntl
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from guests.qtest import QtestGuest
 from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
 from memshr.errors import ConnectionLostError, HostMemoryError, NoSuchDomainError, RefusedDomainError, Status
 from memshr.procfs import parse_maps
-from memshr.qemu import syscalls
+from memshr.qemu import attachment, syscalls
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.pool import FramePool
 from memshr.types import PAGE_SIZE, Counters, DomId, Gfn, PageArray
@@ -29,6 +31,14 @@ def host(qtest_pair: tuple[QtestGuest, QtestGuest]) -> Iterator[QtestHost]:
     """Two fresh guests in one trust group."""
     with QtestHost(qtest_pair) as made:
         yield made
+
+
+@pytest.fixture(params=["this kernel", "older kernel"])
+def any_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as this kernel wants it, and once with the ways that older kernels need (see test_qemu_contract)."""
+    if request.param == "older kernel":
+        monkeypatch.setattr(syscalls, "UFFD_FEATURE_WP_UNPOPULATED", 0)
+        monkeypatch.setattr(attachment, "MAPPING_OVER_IS_SAFE", False)
 
 
 def run_of(domid: DomId, count: int, step: int = 1) -> PageArray:
@@ -70,6 +80,7 @@ def test_a_shared_piece_splits_its_huge_page(host: QtestHost) -> None:
     assert not host.hypervisor.huge(PageArray.of_domain(FIRST, everything.gfns[2::2])).any()
 
 
+@pytest.mark.usefixtures("any_kernel")
 def test_runs_of_pages_share_in_one_mapping(host: QtestHost) -> None:
     for guest in host.guests:
         guest.write(FIRST_GFN * PAGE_SIZE, b"".join(page(seed) for seed in range(300)))
@@ -87,6 +98,7 @@ def test_pages_that_were_never_touched_are_told_apart(host: QtestHost) -> None:
     assert host.hypervisor.backed(untouched).tolist() == [False] * 4, "reading made them"
 
 
+@pytest.mark.usefixtures("any_kernel")
 def test_write_to_a_nominated_page_that_was_never_touched(host: QtestHost) -> None:
     """There is nothing to protect, and yet the write must kill the handle."""
     pages = PageArray.of_domain(FIRST, np.array([0x2000, 0x2001]))
@@ -96,6 +108,7 @@ def test_write_to_a_nominated_page_that_was_never_touched(host: QtestHost) -> No
     assert host.read(FIRST, Gfn(0x2000))[:11] == b"first write"
 
 
+@pytest.mark.usefixtures("any_kernel")
 def test_zero_page_that_was_copied_from_a_frame(host: QtestHost) -> None:
     """Dropping such a page would bring the frame back: it needs a mapping of its own."""
     for guest in host.guests:
@@ -109,6 +122,7 @@ def test_zero_page_that_was_copied_from_a_frame(host: QtestHost) -> None:
     assert host.hypervisor.audit().clean
 
 
+@pytest.mark.usefixtures("any_kernel")
 def test_zeros_that_are_shared_can_be_released(host: QtestHost) -> None:
     for guest in host.guests:
         fill(guest, bytes(PAGE_SIZE), 2)
@@ -119,6 +133,7 @@ def test_zeros_that_are_shared_can_be_released(host: QtestHost) -> None:
     assert host.hypervisor.counters() == Counters(freed_pages=0, used_frames=2)
 
 
+@pytest.mark.usefixtures("any_kernel")
 def test_frames_are_given_back_when_nobody_reads_them(host: QtestHost) -> None:
     for guest in host.guests:
         guest.write(FIRST_GFN * PAGE_SIZE, b"".join(page(seed) for seed in range(64)))
@@ -224,6 +239,7 @@ def test_equal_pages_of_two_trust_groups_never_meet(qtest_pair: tuple[QtestGuest
         assert host.hypervisor.audit().clean
 
 
+@pytest.mark.usefixtures("any_kernel")
 def test_writers_in_the_midst_of_sharing_lose_nothing(host: QtestHost) -> None:
     """A guest writes into the very pages that are nominated and shared, all the time."""
     count = 400
@@ -319,9 +335,9 @@ def test_stopped_qemu_is_given_up_and_keeps_its_memory(host: QtestHost) -> None:
     source_handles, _ = host.hypervisor.nominate_gfns(run_of(FIRST, 4))
     client_handles, _ = host.hypervisor.nominate_gfns(run_of(SECOND, 4))
     share(host, run_of(FIRST, 1), run_of(SECOND, 1))
-    for attachment in host.hypervisor._guests:
-        assert attachment.session is not None
-        attachment.session._wire.settimeout(0.2)
+    for opened in host.hypervisor._guests:
+        assert opened.session is not None
+        opened.session._wire.settimeout(0.2)
     os.kill(host.guests[1].pid, signal.SIGSTOP)
     try:
         with pytest.raises(ConnectionLostError, match="did not run"):
@@ -332,3 +348,114 @@ def test_stopped_qemu_is_given_up_and_keeps_its_memory(host: QtestHost) -> None:
     fill(host.guests[1], page(2), 4)
     assert host.read(SECOND, Gfn(FIRST_GFN + 3)) == page(2)
     assert host.hypervisor.audit().clean
+
+
+def shared_pair(host: QtestHost) -> None:
+    """One page of each guest on one frame."""
+    for guest in host.guests:
+        fill(guest, page(1))
+    assert not share(host, run_of(FIRST, 1), run_of(SECOND, 1)).any()
+    assert host.hypervisor.audit().clean
+
+
+def test_audit_sees_a_mapping_that_somebody_else_changed(host: QtestHost) -> None:
+    shared_pair(host)
+    opened = host.hypervisor._guests[0]
+    hva = int(opened.hvas[opened.pages_of_gfns(np.array([FIRST_GFN]))[0]])
+    flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED
+    assert opened.working_session().call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, flags, 2**64 - 1, 0) == hva
+    (finding,) = host.hypervisor.audit().findings
+    assert (finding.invariant, finding.domid, finding.gfn) == ("I3", FIRST, FIRST_GFN)
+
+
+def test_audit_sees_a_frame_whose_contents_changed(host: QtestHost) -> None:
+    shared_pair(host)
+    os.pwrite(host.hypervisor._pools[0].pool._file, b"x", 100)
+    (finding,) = host.hypervisor.audit().findings
+    assert (finding.invariant, finding.mfn) == ("I8", 0)
+
+
+def test_audit_sees_frames_of_a_group_that_was_changed(host: QtestHost) -> None:
+    """What was shared under wider groups stays shared until it is unshared, and audit says so."""
+    shared_pair(host)
+    host.hypervisor.close()
+    with QtestHost(host.guests, groups={}) as apart:
+        assert {finding.invariant for finding in apart.hypervisor.audit().findings} == {"I10"}
+        for domid in (FIRST, SECOND):
+            apart.hypervisor.unshare_guest(domid)
+        assert apart.hypervisor.audit().clean
+        assert apart.read(SECOND, Gfn(FIRST_GFN)) == page(1)
+
+
+def test_frames_that_a_guest_outside_reads_are_kept(host: QtestHost) -> None:
+    """A run over some of the guests of a pool must not give back what the others read."""
+    shared_pair(host)
+    host.hypervisor.close()
+    with QtestHost(host.guests[:1], groups={"all": ["left"]}) as part:
+        part.hypervisor.unshare_guest(FIRST)
+        part.hypervisor.punch_unread()
+        for guest in host.guests[:1]:
+            fill(guest, page(2), 2, FIRST_GFN + 8)
+        inside = PageArray.of_domain(FIRST, np.array([FIRST_GFN + 8, FIRST_GFN + 9]))
+        assert not share(part, inside[:1], inside[1:]).any()
+        assert host.guests[1].read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(1)
+
+
+def test_no_writer_waits_for_a_child_of_a_dead_memshr(qtest_pair: tuple[QtestGuest, QtestGuest]) -> None:
+    """A forked child has copies of every descriptor; if it kept ours, nobody would learn that memshr has died."""
+    program = (
+        "import os, signal, sys, time\n"
+        "from memshr.qemu.guests import inspect_process\n"
+        "from memshr.qemu.hypervisor import QemuHypervisor\n"
+        "hypervisor = QemuHypervisor([inspect_process(int(sys.argv[1]))])\n"
+        f"hypervisor.nominate_gfn(1, {FIRST_GFN})\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os.close(1)\n"
+        "    signal.alarm(60)\n"
+        "    signal.pause()\n"
+        "print(child, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(qtest_pair[0].pid)], stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    try:
+        fill(qtest_pair[0], page(3))
+        assert qtest_pair[0].read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(3)
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
+
+
+def test_protection_outlives_memshr_until_its_last_table_is_done(qtest_pair: tuple[QtestGuest, QtestGuest]) -> None:
+    """memshr dies with a table under way: a write in between must wait for the remap, or it would be lost under it."""
+    guest = qtest_pair[0]
+    fill(guest, page(4))
+    program = (
+        "import os, signal, sys\n"
+        "import numpy as np\n"
+        "from memshr.qemu import agent\n"
+        "from memshr.qemu.guests import inspect_process\n"
+        "from memshr.qemu.hypervisor import QemuHypervisor\n"
+        "hypervisor = QemuHypervisor([inspect_process(int(sys.argv[1]))])\n"
+        f"hypervisor.nominate_gfn(1, {FIRST_GFN})\n"
+        "opened = hypervisor._guests[0]\n"
+        "hypervisor._hand_over_pools(opened)\n"
+        f"(row,) = opened.pages_of_gfns(np.array([{FIRST_GFN}]))\n"
+        "(frame,) = hypervisor._new_frames(np.array([row]))\n"
+        "pool = hypervisor._pools[0].pool\n"
+        "hva = int(opened.hvas[row])\n"
+        "table = [(7, 0, 0, 1500), (9, hva, 4096, 3, 0x4012, opened.pool_number(pool), int(frame) * 4096)]\n"
+        "opened.session._post(agent.entries(table, results=[0, hva]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(guest.pid)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert pool_mappings(guest) == 0, "the table was done before the test could write"
+    guest.write(FIRST_GFN * PAGE_SIZE + 8, b"in between")
+    wait_until(lambda: pool_mappings(guest) == 1, 10, "the table is done")
+    assert guest.read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(4)[:8] + b"in between" + page(4)[18:]
+    with QtestHost([guest], groups={}) as later:
+        assert later.hypervisor.counters() == Counters(0, 0)
+        assert later.hypervisor.audit().clean

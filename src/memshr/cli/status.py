@@ -109,7 +109,7 @@ def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:
         rate = rates.get(each.process.pid)
         table.add_row(
             each.process.name,
-            "" if figures is None or not figures.sharing_pages else figures.group,
+            ", ".join(each.groups),
             str(each.process.pid),
             each.state,
             *(["?"] * 3 if figures is None else _pages(figures.ram_pages, figures.sharing_pages, figures.copied_pages)),
@@ -130,6 +130,7 @@ def _plain(status: GuestStatus) -> dict[str, object]:
         "name": status.process.name,
         "pid": status.process.pid,
         "state": status.state,
+        "groups": list(status.groups),
         "refusals": [dataclasses.asdict(refusal) for refusal in status.refusals],
         "figures": None if status.figures is None else dataclasses.asdict(status.figures),
     }

@@ -30,6 +30,8 @@ class GuestStatus:
     state: str
     refusals: tuple[Refusal, ...]
     figures: GuestFigures | None
+    groups: tuple[str, ...]
+    """The trust groups whose frames it has mapped."""
 
 
 def guest_status(process: GuestProcess) -> GuestStatus:
@@ -37,6 +39,7 @@ def guest_status(process: GuestProcess) -> GuestStatus:
     layout: list[RamRange] = []
     state = "unknown"
     figures = None
+    groups: tuple[str, ...] = ()
     try:
         with process.monitor() as monitor:
             state = guest_state(monitor)
@@ -44,10 +47,11 @@ def guest_status(process: GuestProcess) -> GuestStatus:
             found = refusals(process, monitor, layout)
     except MemshrError as error:
         # Reasons that lie in the host hold for every guest, so they come first.
-        return GuestStatus(process, state, (*host_refusals(), explain(error)), None)
+        return GuestStatus(process, state, (*host_refusals(), explain(error)), None, ())
     try:
         with QemuHypervisor([process]) as hypervisor:
             figures = hypervisor.guest_figures(DomId(1))
+            groups = tuple(sorted(pool.group for pool in hypervisor.pool_figures()))
     except MemshrError as error:
         found = found or (explain(error),)
-    return GuestStatus(process, state, found, figures)
+    return GuestStatus(process, state, found, figures, groups)
