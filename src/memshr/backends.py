@@ -124,7 +124,7 @@ def open_guests(
     if not processes:
         raise NoSuchDomainError("every guest that was named has ended")
     if groups is None:
-        members = groups_in_force(processes)
+        members: Mapping[str, Collection[str]] = groups_in_force(processes)
     else:
         members = groups(
             [
