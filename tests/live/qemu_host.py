@@ -40,9 +40,11 @@ class QtestHost:
     def __init__(self, guests: Sequence[QtestGuest], groups: Mapping[str, Sequence[str]] | None = None) -> None:
         self.guests = list(guests)
         everybody = {"all": [guest.name for guest in guests]}
-        self.hypervisor = QemuHypervisor([process_of(guest) for guest in guests], groups=groups or everybody)
-        for domid in self.domids:
-            self.hypervisor.control(domid, True)
+        self.hypervisor = QemuHypervisor(
+            [process_of(guest) for guest in guests], groups=everybody if groups is None else groups
+        )
+        for domain in self.hypervisor.domains():
+            self.hypervisor.control(domain.domid, True)
 
     @property
     def domids(self) -> tuple[DomId, DomId]:

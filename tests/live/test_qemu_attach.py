@@ -15,6 +15,7 @@ from live.qemu_host import QtestHost, booted, process_of
 from memshr.errors import NoSuchDomainError, RefusedDomainError
 from memshr.qemu.guests import find_guests, inspect_process, memory_layout, refusals, select_guests, status_refusals
 from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.qemu.status import status_of
 from memshr.types import PAGE_SIZE, DomId, Gfn, PageArray
 
 REFUSED = {
@@ -175,3 +176,28 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, ctypes.c_char_p(header), 0, 0) == 0
 os.execv({qemu!r}, [{qemu!r}, *sys.argv[1:]])
 """
+
+
+def test_status_tells_what_the_kernel_knows(qemu: Path) -> None:
+    """Also when no memshr is at work."""
+    with booted(qemu, "status-1", "status-2") as guests:
+        for guest in guests:
+            guest.fill(0x1000 * PAGE_SIZE, 8 * PAGE_SIZE, 9)
+        with QtestHost(guests) as host:
+            pages = PageArray.of_domain(DomId(1), np.arange(0x1000, 0x1008))
+            handles, _ = host.hypervisor.nominate_gfns(pages)
+            one = PageArray.of_domain(DomId(1), np.full(7, 0x1000))
+            shared = host.hypervisor.share_gfns_many(one, np.repeat(handles[:1], 7), pages[1:], handles[1:])
+            assert not shared.any()
+            assert len(set(host.hypervisor.frames_of(pages).tolist())) == 1
+            figures = host.hypervisor.guest_figures(DomId(1))
+            assert (figures.sharing_pages, figures.copied_pages) == (8, 0)
+            assert figures.absent_pages > 15_000
+        guests[0].fill(0x1002 * PAGE_SIZE, 3 * PAGE_SIZE, 1)
+        first, second = (status_of(process_of(guest)) for guest in guests)
+        assert (first.sharing_pages, first.copied_pages, first.groups) == (5, 3, ("all",))
+        assert (second.sharing_pages, second.groups) == (0, ())
+        assert first.refusals == second.refusals == ()
+        assert first.ram_bytes == (64 << 20) - 0x40 * PAGE_SIZE
+        with first.process.monitor():
+            assert "busy" in str(status_of(first.process).refusals[-1])

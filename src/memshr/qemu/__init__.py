@@ -6,6 +6,8 @@
 ``pool``        the frames: one sealed memory file for each trust group
 ``protection``  userfaultfd: a write to a protected page is told to us and waits
 ``pagemap``     what the kernel says about each page
+``status``      every guest of the host with what it shares, for whoever looks on
+``lock``        one memshr at a time for each guest
 ``hypervisor``  the seam, on top of these
 ``syscalls``    ctypes, all of it
 """

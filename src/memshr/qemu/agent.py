@@ -298,6 +298,23 @@ class ControlArea:
 
         :raises OSError: the process is gone, or we may not look into it.
         """
+        found = None
+        for control in cls.find_all(pid):
+            if found is None and Path(f"/proc/{pid}/task/{control.get(TID_AT, '<i')[0]}").exists():
+                found = control
+            else:
+                control.close()
+        return found
+
+    @classmethod
+    def find_all(cls, pid: int) -> list[Self]:
+        """Every control area in a QEMU, also such whose thread has ended; the caller closes them.
+
+        There is more than one if a memshr died while it put one in.
+
+        :raises OSError: the process is gone, or we may not look into it.
+        """
+        found = []
         for mapping in parse_maps(Path(f"/proc/{pid}/maps").read_text()):
             if mapping.path != MAPPED_CONTROL or not mapping.executable:
                 continue
@@ -309,11 +326,11 @@ class ControlArea:
                 os.close(file)
                 continue
             control = cls(file, mapping.start)
-            (tid,) = control.get(TID_AT, "<i")
-            if control.get(_MAGIC_AT, "<Q") == (MAGIC,) and Path(f"/proc/{pid}/task/{tid}").exists():
-                return control
-            control.close()
-        return None
+            if control.get(_MAGIC_AT, "<Q") == (MAGIC,):
+                found.append(control)
+            else:
+                control.close()
+        return found
 
     @property
     def data_address(self) -> int:

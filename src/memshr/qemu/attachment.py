@@ -43,6 +43,10 @@ _HUGE_BYTES: Final = _HUGE_PAGES * PAGE_SIZE
 _MAP_RESERVE: Final = 2048
 """Mappings that QEMU is left for itself."""
 
+MAPPING_OVER_IS_SAFE = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2]) >= (6, 9)
+"""Whether an mmap(MAP_FIXED) that fails leaves what was there. Before Linux 6.9 it may leave a hole: there mappings are
+made beside and moved into place by mremap, which looks for what may fail before it takes anything away."""
+
 _ADVICE: Final = {
     "dd": syscalls.MADV_DONTDUMP,
     "dc": syscalls.MADV_DONTFORK,
@@ -323,13 +327,22 @@ class Attachment:
 
     def detach(self) -> None:
         """Take the agent out of QEMU: thread, mappings, descriptors. No page may be on a frame any more."""
-        session = self.working_session()
-        assert self._control is not None
-        control, self._control, self.session = self._control, None, None
+        pid, name = self.process.pid, self.process.name
+        session, self.session = self.working_session(), None
+        control, self._control = self._control, None
         self._pool_numbers.clear()
-        session.end_agent(self.process.pid)
-        agent.uninstall(self.process.pid, control)
-        control.close()
+        session.end_agent(pid)
+        if control is not None:
+            control.close()
+        for each in ControlArea.find_all(pid):
+            try:
+                (tid,) = each.get(agent.TID_AT, "<i")
+                if tid and Path(f"/proc/{pid}/task/{tid}").exists():
+                    with self.process.monitor() as monitor:
+                        Session.open(pid, self.pidfd, name, each, monitor).end_agent(pid)
+                agent.uninstall(pid, each)
+            finally:
+                each.close()
 
     def close(self) -> None:
         """End the session and close every file; the agent stays, asleep."""
@@ -469,23 +482,46 @@ class Attachment:
     def _remap(self, table: NDArray[np.uint64], flags: tuple[str, ...]) -> int:
         # Returns how many calls of the table were done. The flags of the old mappings are put back after each batch.
         session = self.working_session()
+        at_once = BATCH_ENTRIES if MAPPING_OVER_IS_SAFE else BATCH_ENTRIES // 2
         done = 0
         while done < len(table):
-            batch = table[done : done + BATCH_ENTRIES]
-            growth = 2 * len(batch)
+            batch = table[done : done + at_once]
+            maps = batch[:, 0] == syscalls.NR_MMAP
+            growth = 2 * int(maps.sum())
             if growth > self._mappings_left:
                 self.count_mappings()
                 if growth > self._mappings_left:
                     break
             advice = [row for start, length in self._hulls(batch) for row in self._advise(start, length, flags)]
-            whole = np.concatenate([batch, np.array(advice, dtype=np.uint64).reshape(-1, 8)])
-            got = session.run(whole)
-            if batch[0, 0] == syscalls.NR_MMAP or not (batch[:, 0] == syscalls.NR_MADVISE).all():
-                self._mappings_left -= growth
-            done += min(got, len(batch))
-            if got < len(batch):
+            calls, ends = (batch, np.arange(1, len(batch) + 1)) if MAPPING_OVER_IS_SAFE else self._beside(batch, maps)
+            got = session.run(np.concatenate([calls, np.array(advice, dtype=np.uint64).reshape(-1, 8)]))
+            self._mappings_left -= growth
+            finished = int(np.searchsorted(ends, got, side="right"))
+            done += finished
+            if finished < len(batch):
+                self._clear_side()
                 break
         return done
+
+    def _beside(
+        self, batch: NDArray[np.uint64], maps: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        # Each mmap of the batch as two calls: map beside, move into place. Also the place after the last call of each.
+        side = self.working_session().control.side_address
+        counts = np.where(maps, 2, 1)
+        ends = np.cumsum(counts)
+        calls = np.repeat(batch, counts, axis=0)
+        made, moved = ends[maps] - 2, ends[maps] - 1
+        calls[made, 1] = calls[made, 7] = side
+        calls[made, 4] ^= np.uint64(syscalls.MAP_FIXED | syscalls.MAP_FIXED_NOREPLACE)
+        place, length = batch[maps, 1], batch[maps, 2]
+        calls[moved] = 0
+        calls[moved, 0] = syscalls.NR_MREMAP
+        calls[moved, 1] = side
+        calls[moved, 2] = calls[moved, 3] = length
+        calls[moved, 4] = syscalls.MREMAP_MAYMOVE | syscalls.MREMAP_FIXED
+        calls[moved, 5] = calls[moved, 7] = place
+        return calls, ends
 
     def _hulls(self, batch: NDArray[np.uint64]) -> list[tuple[int, int]]:
         # (address, bytes) from the first to the last mapping of a batch, in each RAM range that it touches.

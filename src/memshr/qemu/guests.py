@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memshr.errors import BackendError, MemshrError, NoSuchDomainError
+from memshr.errors import BackendError, NoSuchDomainError
 from memshr.procfs import Mapping, parse_maps
 from memshr.qemu import syscalls
 from memshr.qemu.monitor import Monitor, MonitorError
@@ -79,10 +79,9 @@ class GuestProcess:
             raise BackendError(f"guest {self.name} ({self.pid}): {reason.reason}", remedy=reason.remedy)
         return Monitor(self.qmp_path)
 
-    def pool_inodes(self) -> set[int]:
-        """The inodes of the frame pools that it has mapped. :raises OSError: it has ended, or we may not look."""
-        mappings = parse_maps(Path(f"/proc/{self.pid}/maps").read_text())
-        return {mapping.inode for mapping in mappings if group_of(mapping) is not None}
+    def mappings(self) -> list[Mapping]:
+        """What it has mapped now. :raises OSError: it has ended, or we may not look."""
+        return parse_maps(Path(f"/proc/{self.pid}/maps").read_text())
 
     @property
     def running(self) -> bool:
@@ -340,7 +339,7 @@ def refusals(guest: GuestProcess, monitor: Monitor | None, layout: Sequence[RamR
     """
     found = [*host_refusals(), *_process_refusals(guest)]
     try:
-        mappings = parse_maps(Path(f"/proc/{guest.pid}/maps").read_text())
+        mappings = guest.mappings()
         found += mapping_refusals(mappings, layout, _on_hugetlbfs(guest.pid, mappings))
     except OSError as error:
         found.append(_unreadable(error))
@@ -518,17 +517,3 @@ def direct_drives(monitor: Monitor) -> list[Drive]:
         for node in monitor.execute("query-named-block-nodes")
         if node["cache"]["direct"]
     ]
-
-
-# -- the list ----------------------------------------------------------------------------------------------------------
-
-
-def guest_state(monitor: Monitor) -> str:
-    """QEMU's word for what the guest is doing."""
-    return str(monitor.execute("query-status")["status"])
-
-
-def explain(error: MemshrError) -> Refusal:
-    """An error of connecting to a guest, as a reason."""
-    text, _, remedy = str(error).partition("; ")
-    return Refusal(text, remedy or "look again")

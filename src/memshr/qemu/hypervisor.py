@@ -619,6 +619,10 @@ class QemuHypervisor:
         both = np.concatenate([sources, clients])
         shared = self._on_frame(both)
         things = np.where(shared, -2 - self._frame[both], both)  # a page on a frame stands for its whole frame
+        # A row whose pages are together already changes nothing and stays so: it is in nobody's way.
+        idle = np.flatnonzero(things[: len(sources)] == things[len(sources) :])
+        own = np.arange(2 * len(idle)) + int(self._base[-1])
+        things[idle], things[len(sources) + idle] = own[: len(idle)], own[len(idle) :]
         _, inverse = np.unique(things, return_inverse=True)
         source, client = inverse[: len(sources)], inverse[len(sources) :]
         row = np.arange(len(sources))
@@ -973,7 +977,7 @@ class QemuHypervisor:
             if process.pid in ours:
                 continue
             try:
-                if pool.inode in process.pool_inodes():
+                if any(mapping.inode == pool.inode for mapping in process.mappings()):
                     return False
             except OSError:
                 if process.running:
@@ -1053,6 +1057,15 @@ class QemuHypervisor:
         there = np.flatnonzero(ids >= 0)
         for guest, rows in self._by_guest(ids[there]):
             found[there[rows]] = guest.huge(self._local(guest, ids[there[rows]]))
+        return found
+
+    def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
+        """The frame (mfn) that each page is on now, -1 for those that are on none: what need not be shared again."""
+        found = np.full(len(pages), _NOWHERE, dtype=np.int64)
+        ids, _ = self._ids(pages)
+        there = np.flatnonzero(ids >= 0)
+        there = there[self._on_frame(ids[there])]
+        found[there] = self._frame[ids[there]]
         return found
 
     def enlisted(self, domid: DomId) -> GuestProcess:

@@ -312,13 +312,18 @@ class _GroupSession:
     # -- the steps that every page takes -----------------------------------------------------------------------------
 
     def _nominate(self, pages: PageArray) -> _Nominated:
-        used_before = self._hypervisor.counters().used_frames
-        handles, statuses = self._hypervisor.nominate_gfns(pages)
-        new_frames = self._hypervisor.counters().used_frames - used_before
-        good = statuses == Status.OK
-        handles = handles[good]
-        if self._oldest_fresh is None and new_frames > 0 and len(handles):
-            self._oldest_fresh = int(np.unique(handles)[-new_frames:][0])
+        if self._oldest_fresh is not None:  # counters may be dear: they are asked until the first new handle is known
+            handles, statuses = self._hypervisor.nominate_gfns(pages)
+            good = statuses == Status.OK
+            handles = handles[good]
+        else:
+            used_before = self._hypervisor.counters().used_frames
+            handles, statuses = self._hypervisor.nominate_gfns(pages)
+            new_frames = self._hypervisor.counters().used_frames - used_before
+            good = statuses == Status.OK
+            handles = handles[good]
+            if new_frames > 0 and len(handles):
+                self._oldest_fresh = int(np.unique(handles)[-new_frames:][0])
         fresh = np.zeros(len(handles), np.bool_) if self._oldest_fresh is None else handles >= self._oldest_fresh
         self._drop_by_status(pages, statuses, _REASONS)
         return _Nominated(pages[good], handles, fresh, np.flatnonzero(good))

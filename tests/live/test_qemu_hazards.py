@@ -1,0 +1,461 @@
+"""One test for each way in which sharing live memory goes wrong when it is done carelessly."""
+
+import fcntl
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from guests.machine import wait_until
+from guests.qtest import QtestGuest
+from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
+from memshr.errors import ConnectionLostError, HostMemoryError, NoSuchDomainError, RefusedDomainError, Status
+from memshr.procfs import parse_maps
+from memshr.qemu import attachment, syscalls
+from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.qemu.pool import FramePool
+from memshr.types import PAGE_SIZE, Counters, DomId, Gfn, PageArray
+
+FIRST, SECOND = DomId(1), DomId(2)
+
+
+@pytest.fixture
+def host(qtest_pair: tuple[QtestGuest, QtestGuest]) -> Iterator[QtestHost]:
+    """Two fresh guests in one trust group."""
+    with QtestHost(qtest_pair) as made:
+        yield made
+
+
+@pytest.fixture(params=["this kernel", "older kernel"])
+def any_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as this kernel wants it, and once with the ways that older kernels need (see test_qemu_contract)."""
+    if request.param == "older kernel":
+        monkeypatch.setattr(syscalls, "UFFD_FEATURE_WP_UNPOPULATED", 0)
+        monkeypatch.setattr(attachment, "MAPPING_OVER_IS_SAFE", False)
+
+
+def run_of(domid: DomId, count: int, step: int = 1) -> PageArray:
+    """Every ``step``-th page from FIRST_GFN on."""
+    return PageArray.of_domain(domid, np.arange(FIRST_GFN, FIRST_GFN + count * step, step))
+
+
+def share(host: QtestHost, sources: PageArray, clients: PageArray) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """Nominate and share, row by row; the statuses."""
+    source_handles, _ = host.hypervisor.nominate_gfns(sources)
+    client_handles, _ = host.hypervisor.nominate_gfns(clients)
+    return host.hypervisor.share_gfns_many(sources, source_handles, clients, client_handles)
+
+
+def fill(guest: QtestGuest, content: bytes, count: int = 1, first: int = FIRST_GFN) -> None:
+    """Write the same page ``count`` times."""
+    guest.write(first * PAGE_SIZE, content * count)
+
+
+def page(seed: int) -> bytes:
+    """A page of its own for each seed."""
+    return np.random.default_rng(seed).bytes(PAGE_SIZE)
+
+
+def pool_mappings(guest: QtestGuest) -> int:
+    """How many mappings of pools QEMU has."""
+    return Path(f"/proc/{guest.pid}/maps").read_text().count("/memfd:memshr-pool:")
+
+
+def test_a_shared_piece_splits_its_huge_page(host: QtestHost) -> None:
+    """Without the split the host gets nothing back: the huge page stays as long as one piece of it is used."""
+    for guest in host.guests:
+        fill(guest, page(1), 1024)
+    everything = run_of(FIRST, 1024)
+    if not host.hypervisor.huge(everything).any():
+        pytest.fail("guest RAM has no transparent huge pages here; set /sys/kernel/mm/transparent_hugepage to madvise")
+    odd = PageArray.of_domain(FIRST, everything.gfns[1::2])
+    assert not share(host, PageArray.of_domain(FIRST, np.full(len(odd), FIRST_GFN)), odd).any()
+    assert not host.hypervisor.huge(PageArray.of_domain(FIRST, everything.gfns[2::2])).any()
+
+
+@pytest.mark.usefixtures("any_kernel")
+def test_runs_of_pages_share_in_one_mapping(host: QtestHost) -> None:
+    for guest in host.guests:
+        guest.write(FIRST_GFN * PAGE_SIZE, b"".join(page(seed) for seed in range(300)))
+    assert not share(host, run_of(FIRST, 300), run_of(SECOND, 300)).any()
+    assert [pool_mappings(guest) for guest in host.guests] == [1, 1]
+
+
+def test_pages_that_were_never_touched_are_told_apart(host: QtestHost) -> None:
+    fill(host.guests[0], bytes(PAGE_SIZE), 4)
+    touched, untouched = run_of(FIRST, 4), PageArray.of_domain(FIRST, np.arange(0x2000, 0x2004))
+    assert host.hypervisor.backed(touched).tolist() == [True] * 4
+    assert host.hypervisor.backed(untouched).tolist() == [False] * 4
+    buffer = np.ones((4, PAGE_SIZE), np.uint8)
+    assert not host.hypervisor.read_range(FIRST, Gfn(0x2000), 4, buffer).any()
+    assert host.hypervisor.backed(untouched).tolist() == [False] * 4, "reading made them"
+
+
+@pytest.mark.usefixtures("any_kernel")
+def test_write_to_a_nominated_page_that_was_never_touched(host: QtestHost) -> None:
+    """There is nothing to protect, and yet the write must kill the handle."""
+    pages = PageArray.of_domain(FIRST, np.array([0x2000, 0x2001]))
+    handles, _ = host.hypervisor.nominate_gfns(pages)
+    host.write(FIRST, Gfn(0x2000), b"first write")
+    assert host.hypervisor.release_zero_pages(pages, handles).tolist() == [Status.S_HANDLE_INVALID, 0]
+    assert host.read(FIRST, Gfn(0x2000))[:11] == b"first write"
+
+
+@pytest.mark.usefixtures("any_kernel")
+def test_zero_page_that_was_copied_from_a_frame(host: QtestHost) -> None:
+    """Dropping such a page would bring the frame back: it needs a mapping of its own."""
+    for guest in host.guests:
+        fill(guest, page(1))
+    assert not share(host, run_of(FIRST, 1), run_of(SECOND, 1)).any()
+    fill(host.guests[1], bytes(PAGE_SIZE))
+    handles, _ = host.hypervisor.nominate_gfns(run_of(SECOND, 1))
+    assert not host.hypervisor.release_zero_pages(run_of(SECOND, 1), handles).any()
+    assert host.read(SECOND, Gfn(FIRST_GFN)) == bytes(PAGE_SIZE)
+    assert not host.hypervisor.backed(run_of(SECOND, 1))[0]
+    assert host.hypervisor.audit().clean
+
+
+@pytest.mark.usefixtures("any_kernel")
+def test_zeros_that_are_shared_can_be_released(host: QtestHost) -> None:
+    for guest in host.guests:
+        fill(guest, bytes(PAGE_SIZE), 2)
+    assert not share(host, run_of(FIRST, 2), run_of(SECOND, 2)).any()
+    handles, _ = host.hypervisor.nominate_gfns(run_of(SECOND, 2))
+    assert not host.hypervisor.release_zero_pages(run_of(SECOND, 2), handles).any()
+    assert host.read(SECOND, Gfn(FIRST_GFN)) == host.read(FIRST, Gfn(FIRST_GFN)) == bytes(PAGE_SIZE)
+    assert host.hypervisor.counters() == Counters(freed_pages=0, used_frames=2)
+
+
+@pytest.mark.usefixtures("any_kernel")
+def test_frames_are_given_back_when_nobody_reads_them(host: QtestHost) -> None:
+    for guest in host.guests:
+        guest.write(FIRST_GFN * PAGE_SIZE, b"".join(page(seed) for seed in range(64)))
+    assert not share(host, run_of(FIRST, 64), run_of(SECOND, 64)).any()
+    assert host.hypervisor.pool_figures()[0].backed_bytes == 64 * PAGE_SIZE
+    for guest in host.guests:
+        guest.write(FIRST_GFN * PAGE_SIZE, b"".join(page(seed) for seed in range(100, 164)))
+    assert host.hypervisor.pool_figures()[0].backed_bytes == 64 * PAGE_SIZE, "doubled until somebody looks"
+    host.hypervisor.fold_back()
+    assert host.hypervisor.pool_figures()[0].backed_bytes == 0
+    assert [pool_mappings(guest) for guest in host.guests] == [0, 0]
+    for guest in host.guests:
+        assert guest.read(FIRST_GFN * PAGE_SIZE, 64 * PAGE_SIZE) == b"".join(page(seed) for seed in range(100, 164))
+
+
+def test_a_frame_number_is_never_used_again(host: QtestHost) -> None:
+    """Also not by the next memshr, which knows only what the kernel kept."""
+    for guest in host.guests:
+        fill(guest, page(1), 8)
+    assert not share(host, run_of(FIRST, 8), run_of(SECOND, 8)).any()
+    host.hypervisor.close()
+    with QtestHost(host.guests) as later:
+        fill(host.guests[0], page(2), 1, FIRST_GFN + 100)
+        fill(host.guests[1], page(2), 1, FIRST_GFN + 100)
+        some = PageArray.of_domain(FIRST, np.array([FIRST_GFN + 100]))
+        assert not share(later, some, PageArray.of_domain(SECOND, some.gfns)).any()
+        offsets = [
+            mapping.offset // PAGE_SIZE
+            for mapping in parse_maps(Path(f"/proc/{host.guests[0].pid}/maps").read_text())
+            if "memshr-pool" in mapping.path
+        ]
+        assert len(offsets) == len(set(offsets))
+        assert max(offsets) == 8
+        assert later.hypervisor.audit().clean
+
+
+def test_qemu_cannot_write_into_the_pool(host: QtestHost) -> None:
+    for guest in host.guests:
+        fill(guest, page(1))
+    assert not share(host, run_of(FIRST, 1), run_of(SECOND, 1)).any()
+    for guest in host.guests:
+        held = [path for path in Path(f"/proc/{guest.pid}/fd").iterdir() if "memshr-pool" in os.fspath(path.readlink())]
+        assert held
+        for path in held:
+            flags = next(
+                line
+                for line in Path(f"/proc/{guest.pid}/fdinfo/{path.name}").read_text().splitlines()
+                if "flags" in line
+            )
+            assert int(flags.split()[1], 8) & os.O_ACCMODE == os.O_RDONLY
+            assert path.stat().st_mode & 0o777 == 0o400
+
+
+def test_pool_that_only_has_the_name_is_not_trusted() -> None:
+    """A QEMU that was broken out of could make itself a file that is called like a pool."""
+    forged = os.memfd_create("memshr-pool:all", os.MFD_ALLOW_SEALING)
+    os.ftruncate(forged, PAGE_SIZE)
+    real = FramePool.create("all")
+    real.add(np.ones((1, PAGE_SIZE), np.uint8))
+    readable = real.readable()
+    with (
+        mmap.mmap(forged, PAGE_SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ),
+        mmap.mmap(readable, PAGE_SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ),
+    ):
+        claims = [each for each in parse_maps(Path("/proc/self/maps").read_text()) if "memshr-pool" in each.path]
+        adopted = [FramePool.adopt(os.getpid(), mapping) for mapping in claims]
+    assert len(adopted) == 2
+    assert {pool.inode for pool in adopted if pool is not None} == {real.inode}
+    assert fcntl.fcntl(readable, syscalls.F_GET_SEALS) & syscalls.F_SEAL_SHRINK
+    for pool in [real, *filter(None, adopted)]:
+        pool.close()
+    os.close(forged)
+    os.close(readable)
+
+
+def test_equal_pages_of_two_trust_groups_never_meet(qtest_pair: tuple[QtestGuest, QtestGuest]) -> None:
+    with QtestHost(qtest_pair, groups={"red": ["left"], "blue": ["right"]}) as host:
+        for guest in host.guests:
+            fill(guest, page(1), 4)
+        assert share(host, run_of(FIRST, 2), run_of(SECOND, 2)).tolist() == [Status.EXDEV] * 2
+        with pytest.raises(RefusedDomainError, match="different trust groups"):
+            host.hypervisor.share_gfns(
+                FIRST,
+                Gfn(FIRST_GFN),
+                host.hypervisor.nominate_gfn(FIRST, Gfn(FIRST_GFN)),
+                SECOND,
+                Gfn(FIRST_GFN),
+                host.hypervisor.nominate_gfn(SECOND, Gfn(FIRST_GFN)),
+            )
+        for domid in (FIRST, SECOND):
+            inside = run_of(domid, 4)
+            assert not share(host, inside[:1], inside[1:2]).any()
+        inodes = [
+            {
+                each.inode
+                for each in parse_maps(Path(f"/proc/{guest.pid}/maps").read_text())
+                if "memshr-pool" in each.path
+            }
+            for guest in host.guests
+        ]
+        assert len(inodes[0]) == len(inodes[1]) == 1
+        assert inodes[0] != inodes[1]
+        assert host.hypervisor.audit().clean
+
+
+@pytest.mark.usefixtures("any_kernel")
+def test_writers_in_the_midst_of_sharing_lose_nothing(host: QtestHost) -> None:
+    """A guest writes into the very pages that are nominated and shared, all the time."""
+    count = 400
+    for guest in host.guests:
+        fill(guest, page(1), count)
+    stop = threading.Event()
+    wrong: list[int] = []
+
+    def play() -> None:
+        chance = np.random.default_rng(3)
+        while not stop.is_set():
+            gfn = FIRST_GFN + int(chance.integers(count))
+            mark = chance.bytes(16)
+            host.guests[1].write(gfn * PAGE_SIZE + 64, mark)
+            if host.guests[1].read(gfn * PAGE_SIZE + 64, 16) != mark:
+                wrong.append(gfn)
+            host.guests[1].write(gfn * PAGE_SIZE, page(1))
+
+    player = threading.Thread(target=play)
+    player.start()
+    late = shared = 0
+    for _ in range(15):
+        statuses = share(host, run_of(FIRST, count), run_of(SECOND, count))
+        late += int((statuses < 0).sum())
+        shared += int((statuses == 0).sum())
+        host.hypervisor.fold_back()
+    stop.set()
+    player.join()
+    assert not wrong
+    assert shared > 0
+    assert host.guests[1].read(FIRST_GFN * PAGE_SIZE, count * PAGE_SIZE) == page(1) * count
+    assert host.hypervisor.audit().clean
+
+
+def test_mappings_are_a_budget(qemu: Path) -> None:
+    """Sharing every second page of a large guest needs more mappings than a process may have."""
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    pages = limit + 4000
+    if pages > 400_000:
+        pytest.fail("vm.max_map_count is so high here that the budget cannot be reached; set it to 65530")
+    with booted(qemu, "mapped", memory_mib=(pages + 2 * FIRST_GFN) * PAGE_SIZE // (1 << 20) + 32) as (guest,):
+        fill(guest, page(1), 2)
+        for first in range(0, pages, 1 << 14):
+            guest.fill((FIRST_GFN + first) * PAGE_SIZE, min(1 << 14, pages - first) * PAGE_SIZE, 7)
+        with QtestHost([guest], groups={}) as host:
+            clients = run_of(FIRST, pages // 2, 2)[1:]
+            source = PageArray.of_domain(FIRST, np.full(len(clients), FIRST_GFN))
+            statuses = share(host, source, clients)
+            assert set(statuses.tolist()) == {0, Status.ENOMEM}
+            assert len(Path(f"/proc/{guest.pid}/maps").read_text().splitlines()) < limit
+            assert guest.read((FIRST_GFN + 1) * PAGE_SIZE, 64) == bytes([7]) * 64
+            assert host.hypervisor.audit().clean
+            assert host.hypervisor.unshare_guest(FIRST) == int((statuses == 0).sum()) + 1
+            assert pool_mappings(guest) == 0
+
+
+def test_a_guest_that_dies_is_left_out(host: QtestHost) -> None:
+    for guest in host.guests:
+        fill(guest, page(1), 8)
+    assert not share(host, run_of(FIRST, 4), run_of(SECOND, 4)).any()
+    handles, _ = host.hypervisor.nominate_gfns(run_of(SECOND, 8))
+    host.guests[1].kill()
+    mine, _ = host.hypervisor.nominate_gfns(run_of(FIRST, 8))
+    statuses = host.hypervisor.share_gfns_many(run_of(FIRST, 8), mine, run_of(SECOND, 8), handles)
+    assert (statuses[4:] < 0).all()
+    with pytest.raises(NoSuchDomainError):
+        host.hypervisor.domain_info(SECOND)
+    assert [info.domid for info in host.hypervisor.domains()] == [FIRST]
+    assert host.hypervisor.audit().clean
+    assert host.read(FIRST, Gfn(FIRST_GFN)) == page(1)
+    host.hypervisor.detach(FIRST)
+
+
+def test_memory_for_unsharing_is_kept(host: QtestHost) -> None:
+    for guest in host.guests:
+        fill(guest, page(1), 8)
+    assert not share(host, run_of(FIRST, 8), run_of(SECOND, 8)).any()
+    host.hypervisor.close()
+    with QemuHypervisor(
+        list(map(process_of, host.guests)), groups={"all": ["left", "right"]}, reserve_bytes=1 << 60
+    ) as poor:
+        with pytest.raises(HostMemoryError, match="needs 0 MiB"):
+            poor.unshare_guest(FIRST)
+        assert poor.unshare_gfns(run_of(FIRST, 1)).tolist() == [Status.ENOMEM]
+        assert poor.audit().clean
+        assert poor.debug_gfn(FIRST, Gfn(FIRST_GFN)) == 2
+
+
+def test_stopped_qemu_is_given_up_and_keeps_its_memory(host: QtestHost) -> None:
+    """QEMU as a process is stopped while a table waits for it: the table is withdrawn."""
+    for guest in host.guests:
+        fill(guest, page(1), 4)
+    source_handles, _ = host.hypervisor.nominate_gfns(run_of(FIRST, 4))
+    client_handles, _ = host.hypervisor.nominate_gfns(run_of(SECOND, 4))
+    share(host, run_of(FIRST, 1), run_of(SECOND, 1))
+    for opened in host.hypervisor._guests:
+        assert opened.session is not None
+        opened.session._wire.settimeout(0.2)
+    os.kill(host.guests[1].pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ConnectionLostError, match="did not run"):
+            host.hypervisor.share_gfns_many(run_of(FIRST, 4), source_handles, run_of(SECOND, 4), client_handles)
+    finally:
+        os.kill(host.guests[1].pid, signal.SIGCONT)
+    wait_until(lambda: host.read(SECOND, Gfn(FIRST_GFN + 1)) == page(1), 10, "the guest goes on")
+    fill(host.guests[1], page(2), 4)
+    assert host.read(SECOND, Gfn(FIRST_GFN + 3)) == page(2)
+    assert host.hypervisor.audit().clean
+
+
+def shared_pair(host: QtestHost) -> None:
+    """One page of each guest on one frame."""
+    for guest in host.guests:
+        fill(guest, page(1))
+    assert not share(host, run_of(FIRST, 1), run_of(SECOND, 1)).any()
+    assert host.hypervisor.audit().clean
+
+
+def test_audit_sees_a_mapping_that_somebody_else_changed(host: QtestHost) -> None:
+    shared_pair(host)
+    opened = host.hypervisor._guests[0]
+    hva = int(opened.hvas[opened.pages_of_gfns(np.array([FIRST_GFN]))[0]])
+    flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED
+    assert opened.working_session().call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, flags, 2**64 - 1, 0) == hva
+    (finding,) = host.hypervisor.audit().findings
+    assert (finding.invariant, finding.domid, finding.gfn) == ("I3", FIRST, FIRST_GFN)
+
+
+def test_audit_sees_a_frame_whose_contents_changed(host: QtestHost) -> None:
+    shared_pair(host)
+    os.pwrite(host.hypervisor._pools[0].pool._file, b"x", 100)
+    (finding,) = host.hypervisor.audit().findings
+    assert (finding.invariant, finding.mfn) == ("I8", 0)
+
+
+def test_audit_sees_frames_of_a_group_that_was_changed(host: QtestHost) -> None:
+    """What was shared under wider groups stays shared until it is unshared, and audit says so."""
+    shared_pair(host)
+    host.hypervisor.close()
+    with QtestHost(host.guests, groups={}) as apart:
+        assert {finding.invariant for finding in apart.hypervisor.audit().findings} == {"I10"}
+        for domid in (FIRST, SECOND):
+            apart.hypervisor.unshare_guest(domid)
+        assert apart.hypervisor.audit().clean
+        assert apart.read(SECOND, Gfn(FIRST_GFN)) == page(1)
+
+
+def test_frames_that_a_guest_outside_reads_are_kept(host: QtestHost) -> None:
+    """A run over some of the guests of a pool must not give back what the others read."""
+    shared_pair(host)
+    host.hypervisor.close()
+    with QtestHost(host.guests[:1], groups={"all": ["left"]}) as part:
+        part.hypervisor.unshare_guest(FIRST)
+        part.hypervisor.punch_unread()
+        for guest in host.guests[:1]:
+            fill(guest, page(2), 2, FIRST_GFN + 8)
+        inside = PageArray.of_domain(FIRST, np.array([FIRST_GFN + 8, FIRST_GFN + 9]))
+        assert not share(part, inside[:1], inside[1:]).any()
+        assert host.guests[1].read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(1)
+
+
+def test_no_writer_waits_for_a_child_of_a_dead_memshr(qtest_pair: tuple[QtestGuest, QtestGuest]) -> None:
+    """A forked child has copies of every descriptor; if it kept ours, nobody would learn that memshr has died."""
+    program = (
+        "import os, signal, sys, time\n"
+        "from memshr.qemu.guests import inspect_process\n"
+        "from memshr.qemu.hypervisor import QemuHypervisor\n"
+        "hypervisor = QemuHypervisor([inspect_process(int(sys.argv[1]))])\n"
+        f"hypervisor.nominate_gfn(1, {FIRST_GFN})\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os.close(1)\n"
+        "    signal.alarm(60)\n"
+        "    signal.pause()\n"
+        "print(child, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(qtest_pair[0].pid)], stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    try:
+        fill(qtest_pair[0], page(3))
+        assert qtest_pair[0].read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(3)
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
+
+
+def test_protection_outlives_memshr_until_its_last_table_is_done(qtest_pair: tuple[QtestGuest, QtestGuest]) -> None:
+    """memshr dies with a table under way: a write in between must wait for the remap, or it would be lost under it."""
+    guest = qtest_pair[0]
+    fill(guest, page(4))
+    program = (
+        "import os, signal, sys\n"
+        "import numpy as np\n"
+        "from memshr.qemu import agent\n"
+        "from memshr.qemu.guests import inspect_process\n"
+        "from memshr.qemu.hypervisor import QemuHypervisor\n"
+        "hypervisor = QemuHypervisor([inspect_process(int(sys.argv[1]))])\n"
+        f"hypervisor.nominate_gfn(1, {FIRST_GFN})\n"
+        "opened = hypervisor._guests[0]\n"
+        "hypervisor._hand_over_pools(opened)\n"
+        f"(row,) = opened.pages_of_gfns(np.array([{FIRST_GFN}]))\n"
+        "(frame,) = hypervisor._new_frames(np.array([row]))\n"
+        "pool = hypervisor._pools[0].pool\n"
+        "hva = int(opened.hvas[row])\n"
+        "table = [(7, 0, 0, 1500), (9, hva, 4096, 3, 0x4012, opened.pool_number(pool), int(frame) * 4096)]\n"
+        "opened.session._post(agent.entries(table, results=[0, hva]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(guest.pid)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert pool_mappings(guest) == 0, "the table was done before the test could write"
+    guest.write(FIRST_GFN * PAGE_SIZE + 8, b"in between")
+    wait_until(lambda: pool_mappings(guest) == 1, 10, "the table is done")
+    assert guest.read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(4)[:8] + b"in between" + page(4)[18:]
+    with QtestHost([guest], groups={}) as later:
+        assert later.hypervisor.counters() == Counters(0, 0)
+        assert later.hypervisor.audit().clean

@@ -1,0 +1,81 @@
+"""The process that borrows a thread of QEMU is killed in the midst of it: QEMU goes on as if nothing had been."""
+
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from guests.qtest import QtestGuest
+from live.qemu_host import booted, process_of
+from memshr.qemu import agent
+from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.qemu.injector import run_filter
+from memshr.types import DomId
+
+KILLS = 25
+
+
+def killed_while_attaching(guest: QtestGuest, delay_s: float) -> bool:
+    """Start the injector and kill it ``delay_s`` after it has prepared everything; returns whether it was in time."""
+    control = agent.ControlArea.create()
+    with process_of(guest).monitor() as monitor:
+        number = monitor.add_descriptor(control.file)
+        command = [sys.executable, "-m", "memshr.qemu.injector", "attach", str(guest.pid), str(number)]
+        with subprocess.Popen(
+            [*command, str(control.file)], pass_fds=[control.file], stdout=subprocess.PIPE
+        ) as injector:
+            while not any(control.memory[agent.PARAMETERS : agent.PARAMETERS + 8]) and injector.poll() is None:
+                pass
+            end = time.perf_counter() + delay_s
+            while time.perf_counter() < end:
+                pass
+            injector.send_signal(signal.SIGKILL)
+            killed = injector.wait() == -signal.SIGKILL
+        monitor.remove_descriptors()
+    control.close()
+    return killed
+
+
+def test_the_death_of_the_injector_harms_nobody(qemu: Path) -> None:
+    chance = random.Random(2)
+    with booted(qemu, "borrowed") as (guest,):
+        in_time = 0
+        for _ in range(KILLS):
+            in_time += killed_while_attaching(guest, chance.uniform(0, 0.003))
+            guest.write(0x200000, os.urandom(64))
+            assert guest.hmp("info status").startswith("VM status")
+        assert in_time > KILLS // 3
+        # Where it had made its commitment an agent sleeps; all of them are found and taken out.
+        with QemuHypervisor([process_of(guest)]) as hypervisor:
+            hypervisor.detach(DomId(1))
+        assert "memshr" not in Path(f"/proc/{guest.pid}/maps").read_text()
+        assert guest.alive
+
+
+def test_agent_runs_tables_until_the_first_surprise(qemu: Path) -> None:
+    with booted(qemu, "tables") as (guest,), process_of(guest).monitor() as monitor:
+        control = agent.install(guest.pid, "tables", monitor)
+        pidfd = os.pidfd_open(guest.pid)
+        with agent.Session.open(guest.pid, pidfd, "tables", control, monitor) as session:
+            assert session.call(39) == guest.pid
+            table = agent.entries([(39,), (39,), (39,)], results=[guest.pid, 1, guest.pid])
+            assert session.run(table) == 1, "a table stops at its first surprise"
+            with pytest.raises(agent.AgentCallError) as caught:
+                session.run_all(agent.entries([(3, 12345)], results=[0]), "closing what is not open")
+            assert caught.value.errno == 9
+        os.close(pidfd)
+        control.close()
+
+
+@pytest.mark.parametrize(("number", "answer"), [(310, 0x00050001), (9, 0x7FFF0000), (0, 0x7FFF0000)])
+def test_seccomp_filters_are_judged_as_the_kernel_does(number: int, answer: int) -> None:
+    program = struct.pack(
+        "<" + "HBBI" * 4, 0x20, 0, 0, 0, 0x15, 0, 1, 310, 0x06, 0, 0, 0x00050001, 0x06, 0, 0, 0x7FFF0000
+    )
+    assert run_filter(program, number, ()) == answer
