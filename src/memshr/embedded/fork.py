@@ -108,8 +108,9 @@ def _copy_special_pages(books: MemSharing, parent: Domain, child: Domain) -> int
     owners = {gfn: _owner_of_page(books, child, gfn) for gfn in gfns.values() if _is_hole(books, child, gfn)}
     missing = [(owner, gfn) for gfn, owner in owners.items() if owner is not None]
     free_pages = books.memory.free_pages
-    if child.tot_pages + len(missing) > child.max_pages or (free_pages is not None and free_pages < len(missing)):
-        return Status.ENOMEM if missing else Status.OK
+    no_room = child.tot_pages + len(missing) > child.max_pages or (free_pages is not None and free_pages < len(missing))
+    if missing and no_room:
+        return Status.ENOMEM
     for owner, gfn in missing:
         if (status := _copy_page(books, owner, child, gfn)) != Status.OK:
             return status

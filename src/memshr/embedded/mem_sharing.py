@@ -25,6 +25,7 @@ from memshr.types import DOMID_COW, MAX_GFN_BITS, DomainKind, Handles, P2mType, 
 _SHARED = int(P2mType.RAM_SHARED)
 _RW = int(P2mType.RAM_RW)
 _POD = int(P2mType.RAM_POD)
+_GRANT = int(P2mType.GRANT_FRAME)  # the hypervisor's own frames have no mfn here, but are not equal to holes
 NOMINABLE = (_RW, int(P2mType.RAM_LOGDIRTY))
 """Types of pages that can be nominated."""
 _IS_NOMINABLE = np.zeros(TYPE_MASK + 1, np.bool_)
@@ -132,8 +133,9 @@ class MemSharing:
         """Put the client's frame's sharers on the source's frame; a status. Cost: linear in the client's sharers."""
         source, client = self.entries.get(source_pid), self.entries.get(client_pid)
         source_mfn, client_mfn = source >> TYPE_BITS, client >> TYPE_BITS
-        if source_mfn == client_mfn:  # also two holes: Xen compares frames before it looks at anything else
-            return Status.OK
+        same_frame = source_mfn == client_mfn and _GRANT not in (source & TYPE_MASK, client & TYPE_MASK)
+        if same_frame or source_pid == client_pid:
+            return Status.OK  # also for two holes: Xen compares frames before it looks at anything else
         source_shared, client_shared = source & TYPE_MASK == _SHARED, client & TYPE_MASK == _SHARED
         if not source_shared and not client_shared:
             source_first = _lock_order(source_mfn) < _lock_order(client_mfn)
@@ -381,7 +383,7 @@ class MemSharing:
         sources, clients = self.entries.gather(Spots(source_pids)), self.entries.gather(Spots(client_pids))
         source_slots = self._slots_of(sources)
         client_slots = self._slots_of(clients)
-        different = sources >> TYPE_BITS != clients >> TYPE_BITS
+        different = (sources >> TYPE_BITS != clients >> TYPE_BITS) | (sources == _GRANT) | (clients == _GRANT)
         source_good = (source_slots != NO_SLOT) & (frames.handle[source_slots] == source_handles)
         client_good = (client_slots != NO_SLOT) & (frames.handle[client_slots] == client_handles)
         joins = different & source_good & client_good
@@ -453,7 +455,8 @@ class MemSharing:
         values = self.entries.gather(Spots(pids))
         slots = self._slots_of(values)
         statuses = np.full(len(pids), Status.S_HANDLE_INVALID, np.int32)
-        single = (slots != NO_SLOT) & (self.frames.handle[slots] == handles) & (self.frames.count[slots] == 1)
+        named = (slots != NO_SLOT) & (self.frames.handle[slots] == handles)
+        single = named & (self.frames.count[slots] == 1)
         if single.any():
             _, first = np.unique(slots[single], return_index=True)
             rows = np.flatnonzero(single)[first]
@@ -463,7 +466,7 @@ class MemSharing:
             self.used_frames -= len(rows)
             self._count_pages(pids[rows], shr_pages=-1)
             statuses[rows] = Status.OK
-        for row in np.flatnonzero(~single).tolist():
+        for row in np.flatnonzero(named & ~single).tolist():
             domid, gfn = page_of(pids.item(row))
             statuses[row] = self.release_zero(self.domains[domid], gfn, handles.item(row))
         return statuses
