@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import embedded
 import fingerprints
+import ksm
 import sessions
 
 BENCHES: dict[str, Callable[[], None]] = {
@@ -19,6 +20,7 @@ BENCHES: dict[str, Callable[[], None]] = {
     "collisions": fingerprints.collisions,
     **{bench.__name__: bench for bench in embedded.BENCHES},
     "session": sessions.cost,
+    "ksm": ksm.bench,
 }
 
 
