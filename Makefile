@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo live-demo test soak check bench docs clean
 
 setup: .venv/ready
 
@@ -16,6 +16,9 @@ setup: .venv/ready
 demo: setup
 	@$(BIN)/memshr demo
 
+live-demo: setup
+	@PYTHONPATH=tests $(BIN)/python -m guests.live_demo
+
 test: setup
 	@$(BIN)/python -m pytest
 
@@ -25,7 +28,7 @@ check: setup
 	@$(BIN)/mypy
 
 bench: setup
-	@$(BIN)/python benchmarks/run.py
+	@PYTHONPATH=tests $(BIN)/python benchmarks/run.py
 
 docs: setup
 	@$(BIN)/python -m memshr.cli.reference > docs/commands.md

@@ -1,11 +1,12 @@
-"""KSM as a yardstick: how soon, and at what cost, it gives memory back on freshly booted guests.
+"""memshr beside KSM: how soon, and at what cost, each gives memory back on freshly booted guests.
 
 Each measurement has guests of its own, booted and loaded alike, in one of three states: ``paused`` through QMP,
 ``idle`` (running, with nothing to do), or ``busy`` (rewriting and checking their memory, and timing their own writes).
 What could be shared is counted exactly beforehand, by a path that neither KSM nor memshr has a part in.
 
-KSM is measured with all brakes off and at its defaults; its settings are put back afterwards, whatever happens. Another
-sharer is measured by handing ``measure_sharer`` a callable. Needs root; nothing else on the host may use KSM meanwhile.
+KSM is measured with all brakes off and at its defaults; its settings are put back afterwards, whatever happens. memshr
+is measured as ``memshr share qemu:... --group all`` works: a session, then folding back and giving up unread frames.
+Needs root; nothing else on the host may use KSM meanwhile.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import multiprocessing
 import os
 import resource
+import secrets
 import signal
 import sys
 import time
@@ -24,10 +26,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from guests.kit import LinuxKit, linux_kit
+from guests.kit import LinuxKit, MissingPartError, linux_kit, need_root
 from guests.linux import LinuxGuest
 from guests.machine import GuestFailedError
 from guests.pages import Census, backed_pages, count_pages, mergeable_ranges, used_frames
+from memshr.qemu.guests import inspect_process
+from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.sharing.fingerprint import SEED_BITS
+from memshr.sharing.groups import trust_groups
+from memshr.sharing.session import share
 
 KSM = Path("/sys/kernel/mm/ksm")
 SETTINGS = ("pages_to_scan", "sleep_millisecs", "use_zero_pages", "max_page_sharing", "merge_across_nodes")
@@ -53,7 +60,6 @@ DEADLINE_S = {"paused": 300.0, "idle": 300.0, "busy": 60.0}
 """what KSM may take; it never settles while guests rewrite their memory"""
 
 State = Literal["paused", "idle", "busy"]
-Share = Callable[[Sequence[LinuxGuest]], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +68,9 @@ class Result:
 
     ``given_back_pages`` is how many frames fewer the guests have afterwards, counted in /proc/PID/pagemap;
     ``to_goal_s`` when that reached GOAL of what is sharable, None if not at all; ``seconds`` until it had done.
-    ``cpu_s`` is all processor time until then: its own, the kernel's for it, and QEMU's on its behalf (the last only of
-    paused guests, which use none of their own); ``resting_cpu`` what it goes on using, as a share of one processor.
+    ``cpu_s`` is all processor time until then: its own, the kernel's for it, and that of the agent threads in QEMU (of
+    paused guests: all that QEMU used); ``resting_cpu`` what it goes on using, as a share of one processor;
+    ``again_cpu_s`` what a second run with nothing changed costs (paused guests, memshr only: KSM never stops looking).
     Write times are the guests' own measurement, the worst of all guests.
     """
 
@@ -75,6 +82,7 @@ class Result:
     seconds: float
     cpu_s: float
     resting_cpu: float
+    again_cpu_s: float | None
     memory_gained_mib: float
     write_p99_ns: int | None
     write_longest_ns: int | None
@@ -201,6 +209,8 @@ def _measure(
     guests: Sequence[LinuxGuest],
     run: Callable[[], object],
     cpu_s: Callable[[], float],
+    *,
+    again: bool = False,
 ) -> Result:
     sharable = count_sharable(guests)
     if state == "busy":
@@ -216,6 +226,10 @@ def _measure(
     rest_begin, rest_cpu = time.monotonic(), cpu_s()
     time.sleep(REST_S)
     resting_cpu = (cpu_s() - rest_cpu) / (time.monotonic() - rest_begin)
+    again_begin = cpu_s()
+    if again:
+        run()
+    again_cpu_s = cpu_s() - again_begin
     reached_at = watch.when_given_back(GOAL * sharable.saved_pages)
     return Result(
         mechanism=mechanism,
@@ -226,21 +240,50 @@ def _measure(
         seconds=end - begin,
         cpu_s=cpu_after - cpu_before,
         resting_cpu=resting_cpu,
+        again_cpu_s=again_cpu_s if again else None,
         memory_gained_mib=available_after - available_before,
         write_p99_ns=max((status.p99_ns for status in timed), default=None),
         write_longest_ns=max((status.longest_ns for status in timed), default=None),
     )
 
 
-def measure_sharer(mechanism: str, state: State, guests: Sequence[LinuxGuest], share: Share) -> Result:
-    """Measure ``share``, which shares what it can among the guests, here or in child processes that it waits for."""
+def agent_cpu_s(pid: int) -> float:
+    """Processor time of the thread that memshr has put into a QEMU; 0 if there is none.
+
+    It is the only thread that has every signal blocked: those of QEMU let through what the C library needs.
+    """
+    spent = 0.0
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        try:
+            if "\nSigBlk:\tffffffff" in status.read_text():
+                spent += thread_cpu_s(int(status.parent.name))
+        except OSError:  # it ended while we looked
+            continue
+    return spent
+
+
+def measure_memshr(state: State, guests: Sequence[LinuxGuest]) -> Result:
+    """Measure one run of memshr over the guests as one trust group; of paused guests a second run, too."""
 
     def cpu_s() -> float:
-        # What a sharer lets QEMU do counts; running guests use much more for themselves, and are left out.
-        qemus = sum(process_cpu_s(guest.pid) for guest in guests) if state == "paused" else 0.0
-        return own_cpu_s() + qemus
+        of_qemu = process_cpu_s if state == "paused" else agent_cpu_s
+        return own_cpu_s() + sum(of_qemu(guest.pid) for guest in guests)
 
-    return _measure(mechanism, state, guests, lambda: share(guests), cpu_s)
+    return _measure("memshr", state, guests, lambda: share_all(guests), cpu_s, again=state == "paused")
+
+
+def share_all(guests: Sequence[LinuxGuest]) -> None:
+    """What ``memshr share`` does.
+
+    :raises GuestFailedError: the audit at the end of the session found something.
+    """
+    processes = [process for guest in guests if (process := inspect_process(guest.pid)) is not None]
+    with QemuHypervisor(processes, groups={"all": [process.name for process in processes]}) as hypervisor:
+        groups = trust_groups(hypervisor.domains(), ["all"], lambda: secrets.randbits(SEED_BITS))
+        report = share(hypervisor, groups, wait=time.sleep)
+        hypervisor.fold_back()
+    if report.audit_findings:
+        raise GuestFailedError(f"audit: {report.audit_findings[0]}")
 
 
 # -- KSM --------------------------------------------------------------------------------------------------------------
@@ -308,7 +351,7 @@ def measure_ksm(state: State, guests: Sequence[LinuxGuest], values: Mapping[str,
 def table(results: Sequence[Result]) -> str:
     """The results as lines of text."""
     heads: tuple[str, ...] = ("mechanism", "guests", "sharable", "given back", "to 95%", "in all", "CPU", "at rest")
-    heads += ("MemAvailable", "write p99", "longest")
+    heads += ("second run", "MemAvailable", "write p99", "longest")
     rows = [heads, *(_cells(result) for result in results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -324,28 +367,105 @@ def _cells(result: Result) -> tuple[str, ...]:
         f"{result.seconds:.2f} s",
         f"{result.cpu_s:.2f} s",
         f"{result.resting_cpu:.0%}",
+        "" if result.again_cpu_s is None else f"{result.again_cpu_s:.2f} s",
         f"{result.memory_gained_mib:+.0f} MiB",
         "" if result.write_p99_ns is None else f"{result.write_p99_ns / 1e6:.3f} ms",
         "" if result.write_longest_ns is None else f"{result.write_longest_ns / 1e6:.3f} ms",
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What memshr is to reach beside KSM, and what it reached; ``value`` None: it could not be measured."""
+
+    text: str
+    value: float | None
+    limit: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether it was reached."""
+        if self.value is None:
+            return False
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        value = "not reached at all" if self.value is None else f"{self.value:.2f}"
+        sign = "at least" if self.at_least else "at most"
+        return f"{'met    ' if self.met else 'NOT met'}  {self.text}: {value} ({sign} {self.limit:g})"
+
+
+def targets(results: Sequence[Result]) -> list[Target]:
+    """memshr beside KSM at full throttle, for each state in which both were measured."""
+    found = []
+    for ours in results:
+        theirs = next((each for each in results if each.mechanism == "KSM" and each.state == ours.state), None)
+        if ours.mechanism != "memshr" or theirs is None:
+            continue
+        state = f"{ours.state} guests"
+        if ours.state != "busy":
+            # If KSM does not get there at all, the time that it was given is the most that can be said for it.
+            soon = None if ours.to_goal_s is None else ours.to_goal_s / (theirs.to_goal_s or theirs.seconds)
+            gained = ours.memory_gained_mib / max(theirs.memory_gained_mib, 1.0)
+            found.append(Target(f"{state}, time to 95% as a part of KSM's", soon, 1 / 3))
+            found.append(Target(f"{state}, CPU as a part of KSM's", ours.cpu_s / theirs.cpu_s, 1 / 3))
+            found.append(Target(f"{state}, MemAvailable gained, by KSM's", gained, 1.3, at_least=True))
+        if ours.again_cpu_s is not None:
+            found.append(Target(f"{state}, CPU of a second run by the first's", ours.again_cpu_s / ours.cpu_s, 0.2))
+        if ours.write_p99_ns is not None and ours.write_longest_ns is not None:
+            found.append(Target(f"{state}, p99 of a guest's write, ms", ours.write_p99_ns / 1e6, 2))
+            found.append(Target(f"{state}, longest of a guest's write, ms", ours.write_longest_ns / 1e6, 50))
+    return found
+
+
+def compare(kit: LinuxKit, count: int, states: Sequence[State], *, defaults: bool) -> list[Result]:
+    """KSM and memshr in turn, each on guests of its own."""
+    results = []
+    for state in states:
+        with fresh_guests(kit, count, state) as guests:
+            results.append(measure_ksm(state, guests, FULL_THROTTLE, deadline_s=DEADLINE_S[state]))
+        with fresh_guests(kit, count, state) as guests:
+            results.append(measure_memshr(state, guests))
+        if defaults:
+            with fresh_guests(kit, count, state) as guests:
+                results.append(measure_ksm(state, guests, DEFAULTS, deadline_s=DEADLINE_S[state]))
+    return results
+
+
+def bench() -> None:
+    """The table and the targets, or one line that says what is missing on this machine."""
+    try:
+        need_root("the frame numbers and KSM's settings that are measured")
+        kit = linux_kit()
+        ksm_thread()
+    except MissingPartError as missing:
+        print(f"left out: {missing}")
+        return
+    except RuntimeError as error:
+        print(f"left out: {error}")
+        return
+    results = compare(kit, 3, ("paused", "idle", "busy"), defaults=False)
+    print(f"load of the host: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
+    print(table(results))
+    print("\n".join(map(str, targets(results))))
+
+
 def main() -> None:
-    """Measure KSM alone and print the table."""
+    """Measure and print the table, or single results as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--guests", type=int, default=3, help="how many guests of 256 MiB (default: %(default)s)")
-    parser.add_argument("--states", nargs="+", choices=("paused", "idle", "busy"), default=["paused", "idle"])
+    parser.add_argument("--states", nargs="+", choices=("paused", "idle", "busy"), default=["paused", "idle", "busy"])
     parser.add_argument("--defaults", action="store_true", help="also KSM at its defaults (some minutes)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that KSM is put back
-    kit = linux_kit()
-    results = []
-    for values in (FULL_THROTTLE, DEFAULTS) if options.defaults else (FULL_THROTTLE,):
-        for state in options.states:
-            with fresh_guests(kit, options.guests, state) as guests:
-                results.append(measure_ksm(state, guests, values, deadline_s=DEADLINE_S[state]))
-    print("\n".join(json.dumps(asdict(result)) for result in results) if options.json else table(results))
+    results = compare(linux_kit(), options.guests, options.states, defaults=options.defaults)
+    if options.json:
+        print("\n".join(json.dumps(asdict(result)) for result in results))
+    else:
+        print(table(results))
+        print("\n".join(map(str, targets(results))))
 
 
 if __name__ == "__main__":

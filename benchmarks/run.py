@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import embedded
 import fingerprints
+import ksm
 import sessions
 import xen
 
@@ -21,6 +22,7 @@ BENCHES: dict[str, Callable[[], None]] = {
     **{bench.__name__: bench for bench in embedded.BENCHES},
     **{f"xen_{bench.__name__}": bench for bench in xen.BENCHES},
     "session": sessions.cost,
+    "ksm": ksm.bench,
 }
 
 

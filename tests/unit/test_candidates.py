@@ -25,7 +25,8 @@ def test_classes_are_what_a_dictionary_finds(values: list[int]) -> None:
     by_class = defaultdict(list)
     for row, number in zip(found.rows.tolist(), found.classes.tolist(), strict=True):
         by_class[number].append(row)
-    assert list(by_class.values()) == [rows for _, rows in sorted(expected.items()) if len(rows) > 1]
+    zeros = expected.pop(0, [])
+    assert list(by_class.values()) == [rows for rows in [zeros, *expected.values()] if len(rows) > 1]
     assert list(by_class) == list(range(len(by_class)))
     assert (np.diff(found.classes) >= 0).all()
 
@@ -38,7 +39,7 @@ def test_repeated_names_each_fingerprint_that_comes_twice(values: list[int]) -> 
 def test_strides_do_not_cut_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "_STRIDE", 3)
     values = np.array([7] * 4 + [1] * 3 + [5] + [9] * 5, dtype=np.uint64)
-    assert classify(values).classes.tolist() == [0] * 3 + [1] * 4 + [2] * 5
+    assert classify(values).classes.tolist() == [0] * 4 + [1] * 3 + [2] * 5
     assert repeated(values).tolist() == [value != 5 for value in values.tolist()]
 
 

@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +25,7 @@ from memshr.qemu import agent, guests, pagemap, syscalls
 from memshr.qemu.agent import ControlArea, Session
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.pagemap import Pagemap
-from memshr.qemu.pool import FramePool, group_of
+from memshr.qemu.pool import MAPPED_PREFIX, FramePool, group_of
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
 
 Pages = NDArray[np.int64]
@@ -56,6 +57,22 @@ _ADVICE: Final = {
 }
 """VmFlags that QEMU sets on guest RAM -> what puts them back onto a new mapping"""
 _FRAME_FLAGS: Final = ("dd", "dc", "mg")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMappings:
+    """Where a QEMU has one frame pool mapped.
+
+    :param sample: one of the mappings.
+    :param group: the trust group that the pool claims to be of.
+    :param hvas: the address of each page, shape ``(n,)``.
+    :param frames: the number of the frame that is mapped there, shape ``(n,)``.
+    """
+
+    sample: Mapping
+    group: str
+    hvas: NDArray[np.int64]
+    frames: NDArray[np.int64]
 
 
 class Attachment:
@@ -157,8 +174,7 @@ class Attachment:
             self.dead = True
             raise self.gone() from error
 
-    def mappings(self) -> list[Mapping]:
-        """What QEMU has mapped now. :raises NoSuchDomainError: it has ended."""
+    def _maps(self) -> str:
         try:
             text = Path(f"/proc/{self.process.pid}/maps").read_text()
         except OSError as error:
@@ -166,7 +182,11 @@ class Attachment:
         if not text:
             self.dead = True
             raise self.gone()
-        return parse_maps(text)
+        return text
+
+    def _other_mappings(self) -> list[Mapping]:
+        # What QEMU has mapped now besides frames; of those there may be very many.
+        return parse_maps("\n".join(line for line in self._maps().split("\n") if MAPPED_PREFIX not in line))
 
     def read_run(self, first: int, out: PageBytes) -> None:
         """Contents of consecutive pages. Pages that were never touched are not touched by this."""
@@ -205,12 +225,30 @@ class Attachment:
                 self.dead = True
                 raise self.gone()
 
-    def pool_mappings(self) -> Iterator[tuple[Mapping, str]]:
-        """The mappings of frame pools in QEMU, each with the trust group that it claims."""
-        for mapping in self.mappings():
-            group = group_of(mapping)
-            if group is not None:
-                yield mapping, group
+    def pool_mappings(self) -> Iterator[PoolMappings]:
+        """Where QEMU has frame pools mapped, one by one; made for tens of thousands of mappings."""
+        lines: dict[str, list[str]] = {}
+        for line in self._maps().split("\n"):
+            if MAPPED_PREFIX in line:
+                _, flags, _, file = line.split(" ", 3)
+                lines.setdefault(flags + file, []).append(line)
+        for same in lines.values():
+            (sample,) = parse_maps(same[0])
+            group = group_of(sample)
+            if group is None:
+                continue
+            fields = [line.split(" ", 3) for line in same]
+            ends = [addresses.split("-") for addresses, *_ in fields]
+            starts = np.array([int(start, 16) for start, _ in ends], dtype=np.int64)
+            lengths = (np.array([int(end, 16) for _, end in ends], dtype=np.int64) - starts) >> PAGE_SHIFT
+            first_frames = np.array([int(offset, 16) for _, _, offset, _ in fields], dtype=np.int64) >> PAGE_SHIFT
+            inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            yield PoolMappings(
+                sample,
+                group,
+                np.repeat(starts, lengths) + inside * PAGE_SIZE,
+                np.repeat(first_frames, lengths) + inside,
+            )
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
@@ -250,7 +288,7 @@ class Attachment:
         # Of memory that we have not replaced, if any is left; ours have the same, but for huge pages.
         addresses = [
             max(mapping.start, ram.hva)
-            for mapping in self.mappings()
+            for mapping in self._other_mappings()
             if not mapping.inode
             for ram in self.layout
             if mapping.start < ram.end_hva and ram.hva < mapping.end
@@ -266,7 +304,7 @@ class Attachment:
 
     def count_mappings(self) -> None:
         """See how many mappings QEMU may still get."""
-        self._mappings_left = pagemap.map_count_limit() - _MAP_RESERVE - len(self.mappings())
+        self._mappings_left = pagemap.map_count_limit() - _MAP_RESERVE - self._maps().count("\n")
 
     @property
     def mappings_left(self) -> int:
@@ -624,7 +662,7 @@ class Attachment:
         side = session.control.side_address
         left = [
             [syscalls.NR_MUNMAP, mapping.start, mapping.end - mapping.start, 0, 0, 0, 0, 0]
-            for mapping in self.mappings()
+            for mapping in self._other_mappings()
             if side <= mapping.start < side + agent.SIDE_BYTES
         ]
         if left:

@@ -417,8 +417,11 @@ def status_refusals(status: str) -> list[Refusal]:
 def _on_hugetlbfs(pid: int, mappings: Sequence[Mapping]) -> set[int]:
     # The inodes of those mapped files whose pages are larger than pages are.
     found = set()
+    seen = set()
     for mapping in mappings:
-        if mapping.inode and mapping.inode not in found and mapping.writable:
+        file_of = (mapping.dev_major, mapping.dev_minor, mapping.inode)
+        if mapping.inode and mapping.writable and file_of not in seen:
+            seen.add(file_of)
             try:
                 file = Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
                 if os.statvfs(file).f_bsize > PAGE_SIZE:

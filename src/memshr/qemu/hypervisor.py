@@ -49,13 +49,12 @@ from memshr.errors import (
 )
 from memshr.hypervisor import Capability, error_of
 from memshr.qemu import pagemap
-from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment
+from memshr.qemu.attachment import BATCH_ENTRIES, BATCH_PAGES, MOVED_PAGES, Attachment
 from memshr.qemu.guests import GuestProcess, find_guests
 from memshr.qemu.lock import GuestLock
 from memshr.qemu.pool import FramePool
 from memshr.qemu.protection import WriteWatch
 from memshr.types import (
-    PAGE_SHIFT,
     PAGE_SIZE,
     AuditFinding,
     AuditReport,
@@ -213,16 +212,18 @@ class QemuHypervisor:
             raise InvariantError("; ".join(str(finding) for finding in findings))
         self._frame[base : base + guest.pages] = frames
         guest.in_pool[:] = frames != _NOWHERE
+        self._give_frame_handles(frames[guest.in_pool])  # older, and so smaller, than any that is yet to come
 
     def _mapped_frames(self, guest: Attachment) -> tuple[NDArray[np.int64], list[AuditFinding]]:
         frames = np.full(guest.pages, _NOWHERE, dtype=np.int64)
         findings = []
         known: dict[int, int] = {books.pool.inode: number for number, books in enumerate(self._pools)}
-        for mapping, group in guest.pool_mappings():
-            number = known.get(mapping.inode)
+        for mapped in guest.pool_mappings():
+            sample = mapped.sample
+            number = known.get(sample.inode)
             if number is None:
                 try:
-                    pool = FramePool.adopt(guest.process.pid, mapping)
+                    pool = FramePool.adopt(guest.process.pid, sample)
                 except OSError as error:
                     raise guest.gone() from error
                 if pool is None:
@@ -233,7 +234,7 @@ class QemuHypervisor:
                             None,
                             None,
                             "frame pools that memshr made",
-                            f"a mapping at {mapping.start:#x} that only calls itself a pool of {group}",
+                            f"a mapping at {sample.start:#x} that only calls itself a pool of {mapped.group}",
                             "the guest's QEMU pretends to share",
                         )
                     )
@@ -243,11 +244,9 @@ class QemuHypervisor:
                 self._pools.append(_PoolBooks(pool, whole=self._sees_all(pool)))
                 if self._pools[number].whole:
                     self._primary.setdefault(pool.group, number)
-            hvas = np.arange(mapping.start, mapping.end, PAGE_SIZE, dtype=np.int64)
-            pages = guest.pages_of_hvas(hvas)
-            first = (number << _POOL_SHIFT) + (mapping.offset >> PAGE_SHIFT)
+            pages = guest.pages_of_hvas(mapped.hvas)
             inside = pages >= 0
-            frames[pages[inside]] = first + np.flatnonzero(inside)
+            frames[pages[inside]] = (number << _POOL_SHIFT) + mapped.frames[inside]
         return frames, findings
 
     def _on_frame(self, ids: Ids) -> NDArray[np.bool_]:
@@ -556,7 +555,7 @@ class QemuHypervisor:
         return np.arange(first, first + count, dtype=np.uint64)
 
     def _give_frame_handles(self, frames: NDArray[np.int64]) -> Handles:
-        # A frame that was shared by an earlier memshr gets its handle when somebody asks.
+        # A frame that was shared by an earlier memshr has no handle yet.
         handles = np.zeros(len(frames), dtype=np.uint64)
         for books, rows, numbers in self._by_pool(frames):
             without = np.unique(numbers[books.handles[numbers] == 0])
@@ -608,11 +607,19 @@ class QemuHypervisor:
         for domid in np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist():
             self._hand_over_pools(self._guests[domid - 1])
         while len(rows):
-            some = rows[:BATCH_PAGES]  # all that is in flight at once
+            some = rows[: self._few_enough(source_ids[rows], client_ids[rows])]  # all that is in flight at once
             some = some[: self._independent(source_ids[some], client_ids[some])]
             statuses[some] = self._share(source_ids[some], source_handles[some], client_ids[some], client_handles[some])
             rows = rows[len(some) :]
         return statuses
+
+    def _few_enough(self, sources: Ids, clients: Ids) -> int:
+        # How many rows from the first on may be in flight at once: more if they are long runs, which remap sooner.
+        sources, clients = sources[:MOVED_PAGES], clients[:MOVED_PAGES]
+        order = np.argsort(clients)
+        onto = np.where(self._frame[sources] == _NOWHERE, sources, self._frame[sources])[order]
+        pieces = 1 + int(((np.diff(clients[order]) != 1) | (np.diff(onto) != 1)).sum())
+        return len(clients) if pieces <= BATCH_ENTRIES else BATCH_PAGES
 
     def _independent(self, sources: Ids, clients: Ids) -> int:
         """How many rows from the first on can be done at once: no row changes what a later one looks at."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.sharing.fingerprint import Fingerprints
+from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprints
 
 Rows = NDArray[np.int64]
 """Indices of pages in the arrays of a scan."""
@@ -22,7 +22,9 @@ class Candidates:
     """Pages that share their fingerprint with another one, those of one class side by side.
 
     :param rows: which pages, as indices of what was classified; within a class in ascending order.
-    :param classes: the class of each, same shape ``(n,)``; classes come in the order of their fingerprints.
+    :param classes: the class of each, same shape ``(n,)``. Classes come in the order of their first rows, so that runs
+        of pages that are equal to other runs stay runs: frames and mappings then come in runs, too. Only the class of
+        fingerprint 0, the zero pages, is before all others.
     """
 
     rows: Rows
@@ -39,7 +41,7 @@ def classify(fingerprints: Fingerprints) -> Candidates:
 
     :param fingerprints: of all pages that may be shared with each other, shape ``(n,)``.
 
-    Cost: one sort. Memory: 9 bytes a page, and 24 for each that is a candidate.
+    Cost: two sorts. Memory: 10 bytes a page, and 24 for each that is a candidate.
     """
     order = np.argsort(fingerprints)
     same = _same_as_before(fingerprints, order)
@@ -47,16 +49,30 @@ def classify(fingerprints: Fingerprints) -> Candidates:
     repeated[:-1] |= same[1:]
     rows = order[repeated]
     del order
-    starts = ~same[repeated]
-    classes = np.cumsum(starts, dtype=np.int64)
-    classes -= 1
-    # The sort does not keep the order of equal fingerprints: sort once more, by class and row in one number.
+    (starts,) = np.nonzero(~same[repeated])
+    del same, repeated
+    if not len(rows):
+        return Candidates(rows, rows.copy())
+    # The sort does not keep the order of equal fingerprints: sort once more, by a class's first row and row in one
+    # number.
+    first_rows = np.minimum.reduceat(rows, starts) + 1
+    if fingerprints[rows[0]] == ZERO_PAGE_FINGERPRINT:
+        first_rows[0] = 0
     bits = len(fingerprints).bit_length()
-    key = classes << bits
+    first_rows <<= bits
+    lengths = np.diff(starts, append=len(rows))
+    del starts
+    key = np.repeat(first_rows, lengths)
+    del first_rows, lengths
     key |= rows
     key.sort()
     np.bitwise_and(key, (1 << bits) - 1, out=rows)
-    return Candidates(rows, classes)
+    key >>= bits
+    new = np.ones(len(key), dtype=np.bool_)
+    np.not_equal(key[1:], key[:-1], out=new[1:])
+    np.cumsum(new, out=key)
+    key -= 1
+    return Candidates(rows, key)
 
 
 def repeated(fingerprints: Fingerprints) -> NDArray[np.bool_]:

@@ -14,8 +14,9 @@ no two pages shared that differ, and no page be left nominated that shares with 
    another trust group now.
 5. What this session nominated and could not share is taken back, whatever happens.
 
-Fresh nominations are told from old ones by their handles: a new handle is greater than any before it, and the growth
-of used_frames tells how many of the first batch were new. (With no page shared at the start, all are.)
+Fresh nominations are told from old ones by their handles: a new handle is greater than any before it. With no page
+shared at the start, all are new; else one page that is not shared is nominated first to see where new handles begin; if
+none is found, the growth of used_frames tells how many of a batch were new.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.errors import DomainError, MemshrError, Status
+from memshr.errors import DomainError, MemshrError, NotSharableError, Status
 from memshr.hypervisor import Capability, Hypervisor, error_of
 from memshr.sharing.candidates import Classes, Rows, classify, repeated
 from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprinter, Fingerprints, universal_fingerprints
@@ -223,6 +224,7 @@ class _GroupSession:
         populated = self._survey()
         if self.stopped is None:
             self._scan(populated)
+            self._probe()
             if Capability.LIVE in self._hypervisor.capabilities:
                 self._sample_again()
             self._take_zeros()
@@ -277,6 +279,22 @@ class _GroupSession:
             found.append(_pages_of(domid, scan, scan.readable))
         self._pages, self._fingerprints = _joined(found)
 
+    def _probe(self) -> None:
+        # Nominate, for a moment, one page that surely is not shared: every fresh handle from now on is greater.
+        if self._oldest_fresh is not None:
+            return
+        unlike = self._pages[~repeated(self._fingerprints)][:_PROBES]
+        for domid, gfn in zip(unlike.domids.tolist(), unlike.gfns.tolist(), strict=True):
+            try:
+                self._hypervisor.debug_gfn(domid, gfn)
+            except NotSharableError:
+                with suppress(MemshrError):
+                    self._oldest_fresh = int(self._hypervisor.nominate_gfn(domid, gfn))
+                    self._hypervisor.unshare_gfn(domid, gfn)
+                    return
+            except DomainError:
+                continue
+
     def _sample_again(self) -> None:
         # Only pages that could be shared or released are worth a second look. What has changed is dropped.
         again = repeated(self._fingerprints) | (self._fingerprints == ZERO_PAGE_FINGERPRINT)
@@ -312,17 +330,14 @@ class _GroupSession:
     # -- the steps that every page takes -----------------------------------------------------------------------------
 
     def _nominate(self, pages: PageArray) -> _Nominated:
-        if self._oldest_fresh is not None:  # counters may be dear: they are asked until the first new handle is known
-            handles, statuses = self._hypervisor.nominate_gfns(pages)
-            good = statuses == Status.OK
-            handles = handles[good]
-        else:
-            used_before = self._hypervisor.counters().used_frames
-            handles, statuses = self._hypervisor.nominate_gfns(pages)
+        unknown = self._oldest_fresh is None  # counting can cost more than nominating
+        used_before = self._hypervisor.counters().used_frames if unknown else 0
+        handles, statuses = self._hypervisor.nominate_gfns(pages)
+        good = statuses == Status.OK
+        handles = handles[good]
+        if unknown and len(handles):
             new_frames = self._hypervisor.counters().used_frames - used_before
-            good = statuses == Status.OK
-            handles = handles[good]
-            if new_frames > 0 and len(handles):
+            if new_frames > 0:
                 self._oldest_fresh = int(np.unique(handles)[-new_frames:][0])
         fresh = np.zeros(len(handles), np.bool_) if self._oldest_fresh is None else handles >= self._oldest_fresh
         self._drop_by_status(pages, statuses, _REASONS)
@@ -413,7 +428,7 @@ class _GroupSession:
         candidates = classify(self._fingerprints)
         rows, classes = np.arange(len(candidates)), candidates.classes
         if len(rows) and self._fingerprints[candidates.rows[0]] == ZERO_PAGE_FINGERPRINT:
-            self._zero_content = 0  # 0 is the lowest fingerprint, so zero pages are the first class
+            self._zero_content = 0  # classify puts them first
         self._pages, self._fingerprints = self._pages[candidates.rows], self._fingerprints[:0].copy()
         self._contents = np.full(len(rows), _NOT_REACHED, np.int64)
         self._frames = np.zeros(len(rows), np.uint64)
@@ -636,6 +651,7 @@ class _GroupSession:
 
 
 _DOMID_BITS = 16
+_PROBES = 16
 _SLAB_CELLS = 1 << 17
 
 
