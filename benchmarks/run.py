@@ -14,11 +14,13 @@ import embedded
 import fingerprints
 import ksm
 import sessions
+import xen
 
 BENCHES: dict[str, Callable[[], None]] = {
     "fingerprint": fingerprints.speed,
     "collisions": fingerprints.collisions,
     **{bench.__name__: bench for bench in embedded.BENCHES},
+    **{f"xen_{bench.__name__}": bench for bench in xen.BENCHES},
     "session": sessions.cost,
     "ksm": ksm.bench,
 }

@@ -109,25 +109,31 @@ Grouping = Callable[[Sequence[DomainInfo]], Mapping[str, Collection[str]]]
 
 @contextlib.contextmanager
 def open_guests(
-    processes: Sequence[GuestProcess], *, groups: Grouping = lambda _: {}, reserve_bytes: int | None = None
+    processes: Sequence[GuestProcess], *, groups: Grouping | None = None, reserve_bytes: int | None = None
 ) -> Iterator[QemuHypervisor]:
     """Running guests as a host; opening only looks. Guests that have ended meanwhile are left out.
 
-    :param groups: tells from the guests which trust group's name has which of them.
+    :param groups: tells from the guests which trust group's name has which of them; None: as they share already.
     :param reserve_bytes: memory of the host that sharing and unsharing leave alone; None: the mechanism's default.
     :raises MemshrError: a guest cannot be reached.
     """
     from memshr.qemu.hypervisor import DEFAULT_RESERVE_BYTES, QemuHypervisor  # noqa: PLC0415  # as above
+    from memshr.qemu.status import groups_in_force  # noqa: PLC0415  # as above
 
     processes = [process for process in processes if process.running]
     if not processes:
         raise NoSuchDomainError("every guest that was named has ended")
-    infos = [
-        DomainInfo(DomId(number), process.name, tot_pages=0, shr_pages=0, max_pages=0)
-        for number, process in enumerate(processes, 1)
-    ]
+    if groups is None:
+        members: Mapping[str, Collection[str]] = groups_in_force(processes)
+    else:
+        members = groups(
+            [
+                DomainInfo(DomId(number), process.name, tot_pages=0, shr_pages=0, max_pages=0)
+                for number, process in enumerate(processes, 1)
+            ]
+        )
     reserve = DEFAULT_RESERVE_BYTES if reserve_bytes is None else reserve_bytes
-    with QemuHypervisor(processes, groups=groups(infos), reserve_bytes=reserve) as hypervisor:
+    with QemuHypervisor(processes, groups=members, reserve_bytes=reserve) as hypervisor:
         yield hypervisor
 
 

@@ -24,10 +24,10 @@ import numpy as np
 from memshr import errors
 from memshr.embedded import EmbeddedHypervisor
 from memshr.embedded.p2m import HOLE, TYPE_BITS
-from memshr.embedded.shared_frames import page_id
+from memshr.embedded.shared_frames import NO_SLOT, page_id
 from memshr.errors import Status
 from memshr.hypervisor import Capability, Hypervisor
-from memshr.types import PAGE_SIZE, DomId, Gfn, GrantRef, Handle, PageArray
+from memshr.types import PAGE_SIZE, DomId, Gfn, GrantRef, Handle, P2mType, PageArray
 
 
 class GuestHost(Protocol):
@@ -473,6 +473,25 @@ def _fault_p2m(hypervisor: EmbeddedHypervisor, domid: DomId, gfn: Gfn) -> None:
     hypervisor.books.entries.set(page_id(domid, gfn), HOLE)
 
 
+def _fault_other_frame(hypervisor: EmbeddedHypervisor, domid: DomId, gfn: Gfn) -> None:
+    hypervisor.books.entries.set(page_id(domid, gfn), 1 << TYPE_BITS | P2mType.RAM_SHARED)
+
+
+def _fault_type(hypervisor: EmbeddedHypervisor, domid: DomId, gfn: Gfn) -> None:
+    pid = page_id(domid, gfn)
+    mfn = hypervisor.books.entries.get(pid) >> TYPE_BITS
+    hypervisor.books.entries.set(pid, mfn << TYPE_BITS | P2mType.RAM_RW)
+
+
+def _fault_domain(hypervisor: EmbeddedHypervisor, domid: DomId, _gfn: Gfn) -> None:
+    del hypervisor.books.domains[domid]
+
+
+def _fault_record(hypervisor: EmbeddedHypervisor, domid: DomId, gfn: Gfn) -> None:
+    mfn = hypervisor.books.entries.get(page_id(domid, gfn)) >> TYPE_BITS
+    hypervisor.books.frames.slot_of_mfn.set(mfn, NO_SLOT)
+
+
 def _fault_unlisted(hypervisor: EmbeddedHypervisor, domid: DomId, gfn: Gfn) -> None:
     hypervisor.books.frames.unlink(_slot(hypervisor, domid, gfn), page_id(domid, gfn))
 
@@ -490,13 +509,22 @@ def _fault_counter(hypervisor: EmbeddedHypervisor, _domid: DomId, _gfn: Gfn) -> 
     hypervisor.books.freed_pages += 1
 
 
+def _fault_total(hypervisor: EmbeddedHypervisor, _domid: DomId, _gfn: Gfn) -> None:
+    hypervisor.books.used_frames += 1
+
+
 FAULTS: dict[str, tuple[str, Callable[[EmbeddedHypervisor, DomId, Gfn], None]]] = {
+    "frame that does not know that it is shared": ("I1", _fault_record),
     "frame owned by a domain": ("I1", _fault_owner),
     "frame without sharers": ("I2", _fault_no_sharers),
     "p2m entry changed under the reverse map": ("I3", _fault_p2m),
+    "p2m entry of another frame": ("I3", _fault_other_frame),
+    "p2m entry of another type": ("I3", _fault_type),
+    "page of a domain that is gone": ("I3", _fault_domain),
     "page missing from the reverse map": ("I3", _fault_unlisted),
     "reference count too high": ("I4", _fault_count),
     "handle that was never given out": ("I5", _fault_handle),
     "freed_pages too high": ("I6", _fault_counter),
+    "used_frames too high": ("I6", _fault_total),
 }
 """Name of a fault -> the invariant that it breaks, and what plants it: called with a shared page."""

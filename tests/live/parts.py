@@ -8,7 +8,7 @@ import pytest
 
 from guests.kit import MissingPartError
 
-KNOWN_PARTS = {"qemu", "kvm", "hugepages"}
+KNOWN_PARTS = {"qemu", "kvm", "hugepages", "xen-headers"}
 
 
 def required_parts() -> set[str]:

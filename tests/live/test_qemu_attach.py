@@ -15,7 +15,7 @@ from live.qemu_host import QtestHost, booted, process_of
 from memshr.errors import NoSuchDomainError, RefusedDomainError
 from memshr.qemu.guests import find_guests, inspect_process, memory_layout, refusals, select_guests, status_refusals
 from memshr.qemu.hypervisor import QemuHypervisor
-from memshr.qemu.status import guest_status
+from memshr.qemu.status import status_of
 from memshr.types import PAGE_SIZE, DomId, Gfn, PageArray
 
 REFUSED = {
@@ -194,12 +194,10 @@ def test_status_tells_what_the_kernel_knows(qemu: Path) -> None:
             assert (figures.sharing_pages, figures.copied_pages) == (8, 0)
             assert figures.absent_pages > 15_000
         guests[0].fill(0x1002 * PAGE_SIZE, 3 * PAGE_SIZE, 1)
-        first, second = (guest_status(process_of(guest)) for guest in guests)
-        assert first.figures is not None
-        assert second.figures is not None
-        assert (first.figures.sharing_pages, first.figures.copied_pages, first.groups) == (5, 3, ("all",))
-        assert (second.figures.sharing_pages, second.groups) == (0, ())
+        first, second = (status_of(process_of(guest)) for guest in guests)
+        assert (first.sharing_pages, first.copied_pages, first.groups) == (5, 3, ("all",))
+        assert (second.sharing_pages, second.groups) == (0, ())
         assert first.refusals == second.refusals == ()
-        assert first.figures.ram_pages == 64 * (1 << 20) // PAGE_SIZE - 0x40
+        assert first.ram_bytes == (64 << 20) - 0x40 * PAGE_SIZE
         with first.process.monitor():
-            assert "busy" in str(guest_status(first.process).refusals[-1])
+            assert "busy" in str(status_of(first.process).refusals[-1])

@@ -53,6 +53,17 @@ def share(host: QtestHost, sources: PageArray, clients: PageArray) -> np.ndarray
     return host.hypervisor.share_gfns_many(sources, source_handles, clients, client_handles)
 
 
+def share_equal(host: QtestHost, sources: PageArray, clients: PageArray) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """Nominate, compare, share what is equal, in the race-free order; the statuses of the pages that were equal."""
+    source_handles, _ = host.hypervisor.nominate_gfns(sources)
+    client_handles, _ = host.hypervisor.nominate_gfns(clients)
+    contents = [np.empty((len(sources), PAGE_SIZE), np.uint8) for _ in range(2)]
+    for pages, out in zip((sources, clients), contents, strict=True):
+        assert not host.hypervisor.read_pages(pages, out).any()
+    equal = (contents[0] == contents[1]).all(axis=1)
+    return host.hypervisor.share_gfns_many(sources[equal], source_handles[equal], clients[equal], client_handles[equal])
+
+
 def fill(guest: QtestGuest, content: bytes, count: int = 1, first: int = FIRST_GFN) -> None:
     """Write the same page ``count`` times."""
     guest.write(first * PAGE_SIZE, content * count)
@@ -260,18 +271,10 @@ def test_writers_in_the_midst_of_sharing_lose_nothing(host: QtestHost) -> None:
 
     player = threading.Thread(target=play)
     player.start()
-    shared = 0
-    sources, clients = run_of(FIRST, count), run_of(SECOND, count)
-    contents = np.empty((2, count, PAGE_SIZE), np.uint8)
+    late = shared = 0
     for _ in range(15):
-        source_handles, _ = host.hypervisor.nominate_gfns(sources)
-        client_handles, _ = host.hypervisor.nominate_gfns(clients)
-        for pages, buffer in zip((sources, clients), contents, strict=True):
-            host.hypervisor.read_pages(pages, buffer)
-        equal = (contents[0] == contents[1]).all(axis=1)  # a page may be nominated between two writes of the player
-        statuses = host.hypervisor.share_gfns_many(
-            sources[equal], source_handles[equal], clients[equal], client_handles[equal]
-        )
+        statuses = share_equal(host, run_of(FIRST, count), run_of(SECOND, count))
+        late += int((statuses < 0).sum())
         shared += int((statuses == 0).sum())
         host.hypervisor.fold_back()
     stop.set()

@@ -32,6 +32,43 @@ def test_planted_fault_is_named(name: str) -> None:
     assert invariant in {finding.invariant for finding in report.findings}, report.findings
 
 
+# What Xen's mem_sharing_audit() checks, in its order -> the fault that breaks it, and the number that Xen answers then
+# with three pages of two domains on the frame, two of them the faulty domain's. After an error in the frame itself Xen
+# skips the frame, which then is missing in the total, too.
+XEN_CHECKS = {
+    "the frame cannot be locked, or has another type": ("frame that does not know that it is shared", 2),
+    "owner": ("frame owned by a domain", 1),
+    "empty reverse map": ("frame without sharers", 2),
+    "unknown domain": ("page of a domain that is gone", 3),  # both its pages, and then the count
+    "p2m maps another frame": ("p2m entry of another frame", 1),
+    "p2m type": ("p2m entry of another type", 1),
+    "p2m maps another frame, p2m type": ("p2m entry changed under the reverse map", 2),
+    "entries and type count": ("reference count too high", 1),
+    "entries and type count, the other way": ("page missing from the reverse map", 0),  # both lowered: Xen sees nothing
+    "total of shared frames": ("used_frames too high", 1),
+    "what Xen does not look at: handles": ("handle that was never given out", 0),
+    "what Xen does not look at: freed pages": ("freed_pages too high", 0),
+}
+
+
+@pytest.mark.parametrize("check", XEN_CHECKS)
+def test_xen_errors_is_the_number_that_xen_answers(check: str) -> None:
+    name, errors = XEN_CHECKS[check]
+    hypervisor, domid, gfn = shared_host()
+    FAULTS[name][1](hypervisor, domid, gfn)
+    assert hypervisor.audit().xen_errors == errors
+
+
+def test_every_fault_is_held_against_xens_audit() -> None:
+    assert {name for name, _ in XEN_CHECKS.values()} == set(FAULTS)
+
+
+def test_types_that_do_not_exist_are_findings_too() -> None:
+    hypervisor, domid, gfn = shared_host()
+    hypervisor.books.entries.set(page_id(domid, gfn), hypervisor.books.entries.get(page_id(domid, gfn)) | 0xF)
+    assert "the p2m says type 15" in {finding.found for finding in hypervisor.audit().findings}
+
+
 def test_every_audited_invariant_has_a_fault() -> None:
     assert {invariant for invariant, _ in FAULTS.values()} == {"I1", "I2", "I3", "I4", "I5", "I6"}
 

@@ -320,6 +320,12 @@ def test_ctl_refused_call_says_what_it_means_for_that_call(memshr: CommandLine) 
         ("create_domain A 2\nnominate A -2", "line 2: nominate: gfn=-2"),
         ("create_domain A 2\nnominate A 0x10000000000000000", "line 2: nominate: gfn="),
         ("create_domain A two", "line 1: create_domain: pages='two' is not a number"),
+        ("create_domain A -2", "line 1: create_domain: -2 pages from gfn 0 on exceed"),
+        ("create_domain A 2\nsetmaxmem A -1", "line 2: setmaxmem: pages=-1 is negative"),
+        ("create_domain A 2\nenable A 0", "line 2: enable gives enable itself"),
+        ("create_domain A 2\nenable A domm=1", "line 2, column 10: control: no parameter 'domm'"),
+        ("create_domain A 2\nnominate A " + "1" * 5000, "line 2, column 12: a number of 5000 digits"),
+        ("create_domain A 2\nnominate A 1 save=$h", "line 2, column 14: '$h' is no name"),
     ],
 )
 def test_ctl_bad_script_names_line_and_column(script: str, where: str, memshr: CommandLine) -> None:
@@ -327,6 +333,26 @@ def test_ctl_bad_script_names_line_and_column(script: str, where: str, memshr: C
     assert outcome.code == 2
     assert outcome.err.startswith(f"memshr: {where}")
     assert outcome.err.count("\n") == 1
+
+
+def test_ctl_takes_the_arguments_of_the_shell_as_they_are(memshr: CommandLine) -> None:
+    for words in (["text=two words"], ['a "quoted" # text'], ["text="], [""], ["text=a\\"]):
+        assert memshr("ctl", "embedded:", "note", *words).out == "0\n", words
+
+
+def test_ctl_calls_by_their_other_names(memshr: CommandLine) -> None:
+    outcome = memshr("ctl", "embedded:", stdin="create_domain A 2\n  enable A # a remark\ndisable dom=A\n")
+    assert outcome.out.splitlines()[1:] == ["0", "0"]
+
+
+def test_ctl_shows_two_domains_of_one_name(memshr: CommandLine) -> None:
+    outcome = memshr("ctl", "embedded:", "--json", stdin="create_domain A 2\ncreate_domain A 3\ninfo\n")
+    assert list(json.loads(outcome.out.splitlines()[-1])["domains"]) == ["A (1)", "A (2)"]
+
+
+def test_ctl_asked_for_more_memory_than_there_is(memshr: CommandLine) -> None:
+    outcome = memshr("ctl", "embedded:", stdin="create_domain A 60000000000\naudit\n")
+    assert outcome.out.startswith("-1 ENOMEM (create_domain: this process cannot have 60000000000 pages")
 
 
 def test_ctl_help_lists_every_call(memshr: CommandLine) -> None:

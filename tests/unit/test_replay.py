@@ -65,6 +65,7 @@ TAMPERINGS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], object]]] = {
     "shr_pages of A": ("nominate_twice", lambda steps: steps[0]["domains"]["A"].update(shr_pages=1)),
     "exists of A": ("nominate_twice", lambda steps: steps[0]["domains"]["A"].update(exists=False)),
     "paused of A": ("nominate_twice", lambda steps: steps[0]["domains"]["A"].update(paused=0)),
+    "max_pages of A": ("nominate_twice", lambda steps: steps[0]["domains"]["A"].update(max_pages=1)),
     "dying of A": ("nominate_twice", lambda steps: steps[0]["domains"]["A"].update(dying=1)),
     "page_fnv1a": ("share_basic_lifecycle", lambda steps: step_of(steps, "read").update(page_fnv1a="0" * 16)),
     "max_gpfn": ("range_share_bounds", lambda steps: step_of(steps, "max_gpfn").update(max_gpfn=16)),
@@ -119,6 +120,14 @@ BAD_TRACES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "domid beyond 16 bits": (lambda trace: trace["steps"][6]["args"].update(dom=70000), "dom=70000 is no domid"),
     "no steps": (lambda trace: trace.pop("steps"), "no trace: it has no list of steps"),
     "step that is none": (lambda trace: trace["steps"].insert(0, 7), "step 1: a step is not an object"),
+    "domain that is none": (
+        lambda trace: trace["steps"][0].update(domains={"A": 7}),
+        "step 1: domains: A must be an object",
+    ),
+    "words that are none": (lambda trace: trace["steps"][0].update(words=7), "step 1: words must be a list"),
+    "domain that is a list": (lambda trace: trace["steps"][8]["args"].update(sdom=[1]), "step 9: share: sdom=[1] is"),
+    "pages below zero": (lambda trace: trace["steps"][0]["args"].update(pages=-1), "step 1: create_domain: -1 pages"),
+    "no vCPU": (lambda trace: trace["steps"][0]["args"].update(vcpus=0), "step 1: create_domain: vcpus=0"),
     "arguments that are none": (lambda trace: trace["steps"][0].update(args=[]), "step 1: op must be a text"),
 }
 
@@ -139,7 +148,10 @@ def test_bad_trace_gets_one_line_with_file_and_step(what: str, tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"7", b'{"steps": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[]", b"7", b'{"steps": 3}', b"[" * 100_000, b'{"steps": [%s]}' % (b"1" * 5000)],
+)
 def test_file_that_is_no_trace(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "no.json"
     path.write_bytes(content)
@@ -159,3 +171,23 @@ def test_unexpected_death_of_xen_is_a_difference(tmp_path: Path) -> None:
     path = tmp_path / "died.json"
     path.write_text(json.dumps(trace))
     assert [difference.what for difference in replay(path).differences] == ["Xen died"]
+
+
+def test_what_a_recording_does_not_hold_is_not_compared(tmp_path: Path) -> None:
+    def thin(steps: list[dict[str, Any]]) -> None:
+        for step in steps:
+            step["counters"] = {"freed": step["counters"]["freed"]} if "counters" in step else {}
+            for name in ("domains", "step", "line", "src", "errname", "xen_log"):
+                step.pop(name, None)
+
+    assert replay(tampered("share_basic_lifecycle", tmp_path, thin)).ok
+
+
+def test_numbers_that_are_none_are_differences(tmp_path: Path) -> None:
+    def spoil(steps: list[dict[str, Any]]) -> None:
+        steps[-1].update(rc=float("nan"), src="two\nlines")
+        steps[-1]["counters"] = {"freed": "x", "used": None}
+
+    found = replay(tampered("remove_from_physmap_shared", tmp_path, spoil)).differences
+    assert [difference.what for difference in found] == ["rc", "freed", "used"]
+    assert all("\n" not in str(difference) for difference in found)

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import click
@@ -17,8 +18,12 @@ from memshr.hypervisor import Hypervisor
 from memshr.replay import OPERATIONS, Answer, Operations, ScriptError, parse_line
 
 _INFO = "info"
-_ALIASES = {"enable": ("control", " enable=1"), "disable": ("control", " enable=0"), "range": ("range_share", "")}
-"""Calls by the names that Xen's own tool has for them: the operation, and what is added to the line."""
+_ALIASES: dict[str, tuple[str, dict[str, int]]] = {
+    "enable": ("control", {"enable": 1}),
+    "disable": ("control", {"enable": 0}),
+    "range": ("range_share", {}),
+}
+"""Calls by the names that Xen's own tool has for them: the operation, and what is added to its arguments."""
 
 
 def _calls() -> str:
@@ -80,26 +85,40 @@ def ctl(host: str, call: tuple[str, ...], as_json: bool) -> None:
 def _lines(call: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     # What to run, each with the place to name in errors.
     if call:
-        yield "", " ".join(json.dumps(word) if re.search(r"\s", word) and "=" not in word else word for word in call)
+        yield "", " ".join(map(_quoted, call))
         return
-    for number, line in enumerate(sys.stdin, 1):
-        yield f"line {number}", line.rstrip("\n")
+    try:
+        for number, line in enumerate(sys.stdin, 1):
+            yield f"line {number}", line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise MemshrError(f"the script is no text in {error.encoding}: {error.reason}") from error
+
+
+def _quoted(word: str) -> str:
+    # The shell has taken the quotes off; the language wants them back where they matter.
+    match = re.fullmatch(r"([A-Za-z_]\w*=)?(.*)", word, re.DOTALL)
+    if match is None or not re.search(r"""[\s"#]|^$""", match[2]):
+        return word
+    return (match[1] or "") + '"' + re.sub(r'(["\\])', r"\\\1", match[2]) + '"'
 
 
 def _run(session: Operations, text: str, saved: dict[str, int], place: str) -> Answer | None:
-    head = text.strip().partition(" ")[0]
-    if head == _INFO:
+    head = re.match(r"\s*([^\s#]*)", text)
+    assert head is not None  # it matches anything
+    if head[1] == _INFO:
         return _info(session.hypervisor)
-    if head in _ALIASES:
-        operation, addition = _ALIASES[head]
-        text = text.replace(head, operation, 1) + addition
+    operation, added = _ALIASES.get(head[1], (head[1], {}))
     try:
-        line = parse_line(text, saved)
+        line = parse_line(text[: head.start(1)] + operation + text[head.end(1) :], saved)
         if line is None:
             return None
-        answer = session.run(line.operation, line.arguments)
+        if twice := added.keys() & line.arguments.keys():
+            raise ScriptError(f"{head[1]} gives {', '.join(twice)} itself")
+        answer = session.run(line.operation, {**line.arguments, **added})
     except ScriptError as error:
-        where = f"{place}, column {error.column}: " if place and error.column else f"{place}: " if place else ""
+        longer = len(operation) - len(head[1])
+        column = error.column - longer if error.column > head.start(1) + 1 else error.column
+        where = f"{place}, column {column}: " if place and column else f"{place}: " if place else ""
         raise MemshrError(f"{where}{error}") from error
     if line.save is not None and answer.handle is not None:
         saved[line.save] = answer.handle
@@ -107,14 +126,19 @@ def _run(session: Operations, text: str, saved: dict[str, int], place: str) -> A
 
 
 def _info(hypervisor: Hypervisor) -> Answer:
-    counters = hypervisor.counters()
+    counters, domains = hypervisor.counters(), hypervisor.domains()
+    times = Counter(info.name for info in domains)
     return Answer(
         values={
             "freed_pages": counters.freed_pages,
             "used_frames": counters.used_frames,
             "domains": {
-                info.name: {"domid": info.domid, "tot_pages": info.tot_pages, "shr_pages": info.shr_pages}
-                for info in hypervisor.domains()
+                info.name if times[info.name] == 1 else f"{info.name} ({info.domid})": {
+                    "domid": info.domid,
+                    "tot_pages": info.tot_pages,
+                    "shr_pages": info.shr_pages,
+                }
+                for info in domains
             },
         }
     )

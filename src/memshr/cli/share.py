@@ -94,12 +94,12 @@ def _share_guests(
 
 def _willing(processes: Sequence[GuestProcess]) -> list[GuestProcess]:
     """The guests that may be touched; the others are named on standard error, with every reason."""
-    from memshr.qemu.status import guest_status  # noqa: PLC0415  # as above
+    from memshr.qemu.status import status_of  # noqa: PLC0415  # as above
 
     willing = []
     reasons: list[str] = []
     for process in processes:
-        refusals = guest_status(process).refusals
+        refusals = status_of(process).refusals
         if not refusals:
             willing.append(process)
         reasons += [f"guest {process.name} ({process.pid}) is left alone: {refusal}" for refusal in refusals]

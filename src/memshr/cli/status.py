@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def _look(sources: Sequence[str]) -> list[GuestStatus]:
-    from memshr.qemu.status import guest_status  # noqa: PLC0415  # only where there are guests
+    from memshr.qemu.status import guest_statuses, status_of  # noqa: PLC0415  # only where there are guests
 
-    return [guest_status(process) for process in select_guests(sources or ["qemu:all"])]
+    return [status_of(process) for process in select_guests(sources)] if sources else guest_statuses()
 
 
 @click.command(short_help="The QEMU guests of this host, and what they share.")
@@ -71,11 +71,11 @@ def top(guests: tuple[str, ...], interval: float, count: int | None) -> None:
         while True:
             found = _look(guests)
             rates = {
-                each.process.pid: (each.figures.copied_pages - before[each.process.pid]) / interval
+                each.process.pid: (each.copied_pages - before[each.process.pid]) / interval
                 for each in found
-                if each.figures is not None and each.process.pid in before
+                if each.process.pid in before
             }
-            before = {each.process.pid: each.figures.copied_pages for each in found if each.figures is not None}
+            before = {each.process.pid: each.copied_pages for each in found}
             table = _table(found, rates)
             if sys.stdout.isatty():
                 live.update(table, refresh=True)
@@ -91,38 +91,35 @@ def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:
     from memshr.qemu.pagemap import host_available_bytes  # noqa: PLC0415  # only where there are guests
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    for column in ("guest", "group"):
+    for column in ("guest", "shares in"):
         table.add_column(column)
     for column in (
         "pid",
         "state",
         "RAM MiB",
         "sharing MiB",
-        "copied",
-        "written away/s",
-        "mappings left",
+        "frames MiB",
+        "written again",
+        "a second",
         "may be touched",
     ):
         table.add_column(column, justify="right")
     for each in found:
-        figures = each.figures
         rate = rates.get(each.process.pid)
         table.add_row(
             each.process.name,
             ", ".join(each.groups),
             str(each.process.pid),
             each.state,
-            *(["?"] * 3 if figures is None else _pages(figures.ram_pages, figures.sharing_pages, figures.copied_pages)),
+            f"{each.ram_bytes / 2**20:,.1f}",
+            mib(each.sharing_pages),
+            mib(each.frames),
+            f"{each.copied_pages:,}",
             "" if rate is None else f"{rate:,.0f}",
-            "" if figures is None else f"{figures.mappings_left:,}",
             "no" if each.refusals else "yes",
         )
     table.caption = f"Host: {host_available_bytes() / 2**20:,.0f} MiB available."
     return table
-
-
-def _pages(ram: int, sharing: int, copied: int) -> list[str]:
-    return [mib(ram), mib(sharing), f"{copied:,}"]
 
 
 def _plain(status: GuestStatus) -> dict[str, object]:
@@ -130,7 +127,11 @@ def _plain(status: GuestStatus) -> dict[str, object]:
         "name": status.process.name,
         "pid": status.process.pid,
         "state": status.state,
+        "ram_bytes": status.ram_bytes,
+        "attached": status.attached,
         "groups": list(status.groups),
+        "sharing_pages": status.sharing_pages,
+        "copied_pages": status.copied_pages,
+        "frames": status.frames,
         "refusals": [dataclasses.asdict(refusal) for refusal in status.refusals],
-        "figures": None if status.figures is None else dataclasses.asdict(status.figures),
     }

@@ -15,7 +15,7 @@ from memshr.embedded.columns import CHUNK_BITS
 from memshr.embedded.fork import fill_from_parent
 from memshr.embedded.mem_sharing import Domain, MemSharing, PageTables
 from memshr.embedded.memory import MachineMemory
-from memshr.embedded.p2m import CHUNK_BITS_PER_DOMAIN, TYPE_BITS, TYPE_MASK, FrameExtent, P2m, entry, is_ram
+from memshr.embedded.p2m import HOLES, TYPE_BITS, TYPE_MASK, FrameExtent, P2m, entry, is_ram
 from memshr.embedded.shared_frames import NOWHERE, page_id
 from memshr.errors import Status
 from memshr.hypervisor import error_of
@@ -74,7 +74,6 @@ class Host:
         self.memory = MachineMemory(limit_pages, scrub_byte)
         self.books = MemSharing(self.memory)
         self._next_domid = 1
-        self._zombies: dict[int, int] = {}  # held frame of a dying domain -> its domid
 
     # -- domains -----------------------------------------------------------------------------------------------------
 
@@ -97,23 +96,28 @@ class Host:
 
         :param max_pages: how many frames it may own; default: what it gets now and SLACK_PAGES more.
         :param page_table_pages: memory for its page tables, in pages (Xen's HAP allocation); None: no limit.
-        :raises HostMemoryError: the machine has not that much memory.
+        :raises HostMemoryError: the machine has not that much memory, or every domid is taken.
         :raises ValueError: extents overlap each other or the fresh RAM, or go beyond the address width.
         """
+        if len(self.books.domains) == FIRST_RESERVED_DOMID - 1:
+            raise self._no_room(f"there are {FIRST_RESERVED_DOMID - 1} domains, and no more domids")
         while self._next_domid in self.books.domains:
             self._next_domid = self._next_domid % (FIRST_RESERVED_DOMID - 1) + 1
         spans = sorted([(first_gfn, first_gfn + pages)] * bool(pages) + [(e.first_gfn, e.end_gfn) for e in extents])
-        if spans and (spans[0][0] < 0 or spans[-1][1] > 1 << MAX_GFN_BITS):
+        if pages < 0 or (spans and (spans[0][0] < 0 or spans[-1][1] > 1 << MAX_GFN_BITS)):
             raise ValueError("pages beyond the address width")
         if any(end > start for (_, end), (start, _) in pairwise(spans)):
             raise ValueError("extents overlap")
         total = pages + sum(len(extent.pages) for extent in extents)
         if self.memory.free_pages is not None and total > self.memory.free_pages:
-            raise errors.HostMemoryError(f"the machine has {self.memory.free_pages} free pages, {name} needs {total}")
+            raise self._no_room(f"the machine has {self.memory.free_pages} free pages, {name} needs {total}")
         domid = DomId(self._next_domid)
+        run = self.memory.allocate_run(domid, pages) if pages > _SMALL_DOMAIN_PAGES else None
+        if run is None and pages > _SMALL_DOMAIN_PAGES:
+            raise self._no_room(f"this process cannot have {pages} pages, which {name} needs")
         self._next_domid = self._next_domid % (FIRST_RESERVED_DOMID - 1) + 1
         p2m = P2m(domid, self.books.entries)
-        self.books.entries.drop(p2m.first_key, p2m.first_key + (1 << CHUNK_BITS_PER_DOMAIN) - 1)
+        self.books.entries.drop(p2m.first_key, p2m.end_key - 1)
         domain = Domain(domid, name, total + SLACK_PAGES if max_pages is None else max_pages, p2m, kind, vcpus)
         self.books.domains[domid] = domain
         if page_table_pages is not None:
@@ -124,18 +128,20 @@ class Host:
         for extent in extents:
             mfn = self.memory.add_image(extent.pages, domid)
             p2m.extents.append(FrameExtent(extent.first_gfn, len(extent.pages), mfn))
-        if pages <= _SMALL_DOMAIN_PAGES:
+        if run is not None:
+            p2m.extents.append(FrameExtent(first_gfn, pages, run))
+        else:
             for gfn in range(first_gfn, first_gfn + pages):
                 mfn_or_none = self.memory.allocate(domid)
                 assert mfn_or_none is not None  # there was room for all of them
                 self.books.entries.set(page_id(domid, gfn), entry(mfn_or_none, P2mType.RAM_RW))
-        else:
-            run = self.memory.allocate_run(domid, pages)
-            assert run is not None
-            p2m.extents.append(FrameExtent(first_gfn, pages, run))
         p2m.max_gfn = spans[-1][1] - 1 if spans else -1
         domain.tot_pages = total
         return domid
+
+    @staticmethod
+    def _no_room(text: str) -> errors.HostMemoryError:
+        return errors.HostMemoryError(f"create_domain: {text}", call="create_domain", status=Status.ENOMEM)
 
     def destroy_domain(self, domid: DomId) -> None:
         """Take a domain apart. Survivors keep the frames that they shared with it, and the handles.
@@ -148,16 +154,24 @@ class Host:
         if domain.dying:
             return
         domain.dying = True
-        self._zombies.update(dict.fromkeys(self.books.destroy(domain).tolist(), domid))
+        self.disable_ring(domain)
+        self.books.destroy(domain)
         self._reap(domain)
 
-    def _reap(self, domain: Domain) -> None:
-        # A dying domain goes when nothing holds its frames and no fork of it is left.
-        if domain.dying and not domain.tot_pages and not domain.forks:
+    def _reap(self, domain: Domain | None) -> None:
+        # A dying domain goes when nothing holds its frames and no fork of it is left; its parents may follow.
+        while domain is not None and domain.dying and not domain.tot_pages and not domain.forks:
             del self.books.domains[domain.domid]
-            if domain.parent is not None:
-                domain.parent.forks -= 1
-                self._reap(domain.parent)
+            domain = domain.parent
+            if domain is not None:
+                domain.forks -= 1
+
+    def disable_ring(self, domain: Domain) -> None:
+        """Take the sharing ring away, if it is enabled."""
+        if domain.ring_mfn is not None:
+            mfn, domain.ring_mfn = domain.ring_mfn, None
+            self.memory.writable_frames.discard(mfn)
+            self.release_frame(mfn)
 
     def pause(self, domid: DomId) -> None:
         """Pause a domain once more. :raises NoSuchDomainError: no domain has this domid."""
@@ -249,18 +263,18 @@ class Host:
 
     def release_frame(self, mfn: int) -> None:
         """Give back an extra reference to a frame; the last one may let a dying domain go."""
-        self.memory.release(mfn)
-        if mfn in self._zombies and mfn not in self.memory.extra_refs:
-            domain = self.books.domains[self._zombies.pop(mfn)]
-            self.memory.free(mfn)
-            domain.tot_pages -= 1
-            self._reap(domain)
+        self._reap(self.books.release(mfn))
 
     def _frame_for(self, domid: DomId, gfn: Gfn, call: str, *, writable: bool) -> int:
         # The frame to read or write; 0 when the page reads as zeros without one.
         domain = self._existing(domid, call)
         value = self.books.entries.get(self._pid(domid, gfn))
-        if not is_ram(value) and domain.parent is not None and 0 <= gfn <= domain.p2m.max_gfn:
+        if (
+            value & TYPE_MASK in HOLES
+            and domain.parent is not None
+            and not domain.dying
+            and 0 <= gfn <= domain.p2m.max_gfn
+        ):
             if (status := fill_from_parent(self.books, domain, gfn, writable=writable)) != Status.OK:
                 raise error_of(call, status, domid=domid, gfn=gfn)
             value = self.books.entries.get(page_id(domid, gfn))
@@ -268,19 +282,10 @@ class Host:
         if not is_ram(value) or (writable and kind == P2mType.RAM_RO):
             raise error_of(call, Status.EINVAL, domid=domid, gfn=gfn)
         if writable and kind in (P2mType.RAM_SHARED, P2mType.RAM_POD):
-            if (status := self._unshare(domain, gfn)) != Status.OK:
+            if (status := self.books.make_private(domain, gfn)) != Status.OK:
                 raise error_of(call, status, domid=domid, gfn=gfn)
             value = self.books.entries.get(page_id(domid, gfn))
         return value >> TYPE_BITS
-
-    def _unshare(self, domain: Domain, gfn: int) -> int:
-        return self._tell_ring(domain, gfn, self.books.make_private(domain, gfn))
-
-    @staticmethod
-    def _tell_ring(domain: Domain, gfn: int, status: int) -> int:
-        if status == Status.ENOMEM and domain.ring_mfn is not None:
-            domain.ring_events.append(gfn)
-        return status
 
     def populate(self, domid: DomId, gfn: Gfn) -> None:
         """Put fresh RAM at a gfn, in place of what was there.
@@ -306,7 +311,7 @@ class Host:
     def _change(self, call: str, domid: DomId, gfn: Gfn, change: Callable[[Domain, int], int]) -> None:
         domain = self._existing(domid, call)
         status = change(domain, gfn) if self._pid(domid, gfn) != NOWHERE else Status.EINVAL
-        if self._tell_ring(domain, gfn, status) != Status.OK:
+        if status != Status.OK:
             raise error_of(call, status, domid=domid, gfn=gfn)
 
     def mem_type(self, domid: DomId, gfn: Gfn) -> P2mType:
@@ -326,7 +331,7 @@ class Host:
         settable = kind in (P2mType.RAM_RW, P2mType.RAM_RO, P2mType.MMIO_DM)
         if pid == NOWHERE or not settable or not (is_ram(value) or kind is P2mType.MMIO_DM):
             raise error_of("set_mem_type", Status.EINVAL, domid=domid, gfn=gfn)
-        if is_ram(value) and (status := self._unshare(domain, gfn)) != Status.OK:
+        if is_ram(value) and (status := self.books.make_private(domain, gfn)) != Status.OK:
             raise error_of("set_mem_type", status, domid=domid, gfn=gfn)
         self.books.entries.set(pid, entry(self.books.entries.get(pid) >> TYPE_BITS, kind))
 
@@ -336,7 +341,7 @@ class Host:
         :raises HostMemoryError: no memory to unshare it.
         """
         domain = self._existing(domid, "modified_memory")
-        status = self._unshare(domain, gfn) if self._pid(domid, gfn) != NOWHERE else Status.OK
+        status = self.books.make_private(domain, gfn) if self._pid(domid, gfn) != NOWHERE else Status.OK
         if status != Status.OK:
             raise error_of("modified_memory", status, domid=domid, gfn=gfn)
 
@@ -352,13 +357,11 @@ class Host:
     def map_grant_frame(self, domid: DomId, gfn: Gfn) -> None:
         """Put the domain's grant table at a gfn (XENMEM_add_to_physmap): a page of the hypervisor's own.
 
-        :raises NotSharableError: EINVAL: beyond the address width.
+        RAM that was there goes, as with decrease_reservation.
+
+        :raises NotSharableError: EINVAL: beyond the address width. :raises HostMemoryError: no memory to unshare it.
         """
-        domain = self._existing(domid, "map_grant_frame")
-        if self._pid(domid, gfn) == NOWHERE:
-            raise error_of("map_grant_frame", Status.EINVAL, domid=domid, gfn=gfn)
-        self.books.entries.set(page_id(domid, gfn), entry(0, P2mType.GRANT_FRAME))
-        domain.p2m.max_gfn = max(domain.p2m.max_gfn, gfn)
+        self._change("map_grant_frame", domid, gfn, self.books.map_grant_frame)
 
     def max_gpfn(self, domid: DomId) -> Gfn:
         """The highest gfn that was ever populated; 0 if none was. :raises NoSuchDomainError: no such domain."""

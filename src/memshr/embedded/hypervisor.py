@@ -144,7 +144,11 @@ class EmbeddedHypervisor(Host):
         """See the seam."""
         domain = self.first_named(domid, "nominate_gref")
         gfn = self._granted_gfn(domain, ref, "nominate_gref")
-        result = self.books.nominate(domain, gfn, expected_refs=_REFS_OF_A_GRANTED_PAGE)
+        result = (
+            Status.EINVAL
+            if self._pid(domid, gfn) == NOWHERE
+            else self.books.nominate(domain, gfn, expected_refs=_REFS_OF_A_GRANTED_PAGE)
+        )
         if result < 0:
             raise error_of("nominate_gref", result, domid=domid, gfn=ref)
         return Handle(result)
@@ -205,8 +209,12 @@ class EmbeddedHypervisor(Host):
         if not source.pause_count or not client.pause_count or max(first, last) > highest or min(first, last) < 0:
             raise error_of("range_share", Status.EINVAL, domid=client_domid)
         result = int(Status.OK)
-        for gfn in range(first, last + 1):
-            result = self._share_same_gfn(source, client, gfn)
+        if first <= last:
+            # Only what the source has RAM at can change anything, and the last gfn decides the answer.
+            for start, count in source.p2m.populated_ranges().tolist():
+                for gfn in range(max(start, first), min(start + count, last)):
+                    self._share_same_gfn(source, client, gfn)
+            result = self._share_same_gfn(source, client, last)
         if result not in (Status.OK, Status.EINVAL):  # Xen turns EINVAL of the last page into success
             raise error_of("range_share", result, domid=client_domid, gfn=last)
 
@@ -302,17 +310,25 @@ class EmbeddedHypervisor(Host):
         return statuses
 
     def unshare_gfns(self, pages: PageArray) -> Statuses:
-        """See the seam."""
-        pids = self._pids(pages)
-        values = self.books.entries.gather(Spots(pids))
-        writable = is_ram_many(values) & (values & TYPE_MASK != P2mType.RAM_RO)
-        statuses = self._statuses(
-            pages.domids, lambda domid: Status.OK if domid in self.books.domains else Status.ESRCH
-        )
-        statuses[(statuses == Status.OK) & ~writable] = Status.EINVAL
-        good = np.flatnonzero(statuses == Status.OK)
-        statuses[good] = self.books.make_private_many(pids[good])
+        """See the seam. Last sharers, such as nominated pages, go all at once; each other page costs a call."""
+        statuses = np.zeros(len(pages), np.int32)
+        one_by_one = np.flatnonzero(~self.books.take_back_many(self._pids(pages), self._with_room(pages.domids)))
+        for row in one_by_one.tolist():
+            try:
+                self.unshare_gfn(DomId(pages.domids.item(row)), Gfn(pages.gfns.item(row)))
+            except errors.CallError as error:
+                statuses[row] = error.status
         return statuses
+
+    def _with_room(self, domids: DomIds) -> NDArray[np.bool_]:
+        # Rows of domains that could have every page of these rows: there the order does not matter.
+        found, inverse, counts = np.unique(domids, return_inverse=True, return_counts=True)
+        rooms = [self._has_room(domid, count) for domid, count in zip(found.tolist(), counts.tolist(), strict=True)]
+        return np.array(rooms, np.bool_)[inverse]
+
+    def _has_room(self, domid: int, pages: int) -> bool:
+        domain = self.books.domains.get(domid)
+        return domain is not None and domain.tot_pages + pages <= domain.max_pages
 
     def release_zero_pages(self, pages: PageArray, handles: Handles) -> Statuses:
         """See the seam: afterwards the page is populate-on-demand."""
@@ -332,6 +348,7 @@ class EmbeddedHypervisor(Host):
             raise error_of("ring_enable", Status.EBUSY, domid=domid)
         domain.ring_mfn = self._frame_for(domid, Gfn(domain.hvm_params[SHARING_RING_PFN]), "ring_enable", writable=True)
         self.memory.writable_frames.add(domain.ring_mfn)
+        self.memory.hold(domain.ring_mfn)
         domain.ring_events.clear()
         return _RING_PORT
 
@@ -340,8 +357,7 @@ class EmbeddedHypervisor(Host):
         domain = self._existing(domid, "ring_disable")
         if domain.ring_mfn is None:
             raise error_of("ring_disable", Status.EINVAL, domid=domid)
-        self.memory.writable_frames.discard(domain.ring_mfn)
-        domain.ring_mfn = None
+        self.disable_ring(domain)
 
     def domain_resume(self, domid: DomId) -> None:
         """See the seam."""
@@ -352,10 +368,17 @@ class EmbeddedHypervisor(Host):
     def fork(self, parent: DomId, child: DomId) -> None:
         """See the seam. The child's max_pages become the parent's; pages that the child has already stay."""
         child_domain = self.first_named(child, "fork")
+        if (status := self._named_status(parent)) != Status.OK:
+            raise self._domain_error("fork", status, parent)
+        if self.books.domains[parent].vcpus != child_domain.vcpus:
+            raise error_of("fork", Status.EINVAL, domid=child)
         parent_domain = self.first_named(parent, "fork")
-        status = fork.fork(self.books, parent_domain, child_domain)
-        if status != Status.OK:
-            raise error_of("fork", status, domid=child)
+        result = fork.fork(self.books, parent_domain, child_domain)
+        if result == Status.EINVAL:
+            text = f"fork: domain {child} would be its own ancestor"
+            raise errors.RefusedDomainError(text, reasons=(text,), call="fork", status=Status.EINVAL, domid=child)
+        if result != Status.OK:
+            raise error_of("fork", result, domid=child)
 
     def fork_reset(self, child: DomId, *, state: bool = False, memory: bool = False) -> None:
         """See the seam."""
@@ -377,23 +400,27 @@ class EmbeddedHypervisor(Host):
             return Status.EOPNOTSUPP
         return Status.ENODEV if domain.kind is DomainKind.SHADOW else Status.OK
 
-    def _first_status(self, domid: int) -> Status:
-        """Whether a call may name this domain first; if it may, sharing is enabled on it from now on."""
+    def _named_status(self, domid: int) -> Status:
+        """Whether a call may name this domain at all."""
         domain = self.books.domains.get(domid)
         if domain is None:
             return Status.EPERM if domid == 0 else Status.ESRCH
-        if domain.dying:
-            return Status.EINVAL
+        return Status.EINVAL if domain.dying else Status.OK
+
+    def _first_status(self, domid: int) -> Status:
+        """Whether a call may name this domain first; if it may, sharing is enabled on it from now on."""
+        if (status := self._named_status(domid)) != Status.OK:
+            return status
+        domain = self.books.domains[domid]
         if not domain.sharing_enabled and (status := self._cannot_share(domain)) != Status.OK:
             return status
         domain.sharing_enabled = True
         return Status.OK
 
     def _second_status(self, domid: int) -> Status:
-        domain = self.books.domains.get(domid)
-        if domain is None:
-            return Status.EPERM if domid == 0 else Status.ESRCH
-        return Status.EINVAL if domain.dying or not domain.sharing_enabled else Status.OK
+        if (status := self._named_status(domid)) != Status.OK:
+            return status
+        return Status.OK if self.books.domains[domid].sharing_enabled else Status.EINVAL
 
     def _is_disabled(self, domid: int) -> bool:
         domain = self.books.domains.get(domid)

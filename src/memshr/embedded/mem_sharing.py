@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from memshr.embedded.columns import Column, Index, Spots
 from memshr.embedded.memory import MachineMemory
-from memshr.embedded.p2m import CHUNK_BITS_PER_DOMAIN, HOLE, TYPE_BITS, TYPE_MASK, P2m, entry, is_ram
+from memshr.embedded.p2m import CHUNK_BITS_PER_DOMAIN, HOLE, HOLES, TYPE_BITS, TYPE_MASK, P2m, entry, is_ram
 from memshr.embedded.shared_frames import NO_SLOT, SharedFrames, Slots, page_id, page_of
 from memshr.errors import Status
 from memshr.types import DOMID_COW, MAX_GFN_BITS, DomainKind, Handles, P2mType, Statuses
@@ -25,10 +25,11 @@ from memshr.types import DOMID_COW, MAX_GFN_BITS, DomainKind, Handles, P2mType, 
 _SHARED = int(P2mType.RAM_SHARED)
 _RW = int(P2mType.RAM_RW)
 _POD = int(P2mType.RAM_POD)
-_HOLES = (HOLE, int(P2mType.MMIO_DM))
-_NOMINABLE = (_RW, int(P2mType.RAM_LOGDIRTY))
+_GRANT = int(P2mType.GRANT_FRAME)  # the hypervisor's own frames have no mfn here, but are not equal to holes
+NOMINABLE = (_RW, int(P2mType.RAM_LOGDIRTY))
+"""Types of pages that can be nominated."""
 _IS_NOMINABLE = np.zeros(TYPE_MASK + 1, np.bool_)
-_IS_NOMINABLE[list(_NOMINABLE)] = True
+_IS_NOMINABLE[list(NOMINABLE)] = True
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Domain:
     """The vCPUs that wait on such a gfn."""
     crashed: bool = False
     orphans: list[int] = field(default_factory=list)
-    """Frames that it owns and counts, but has at no gfn."""
+    """Frames that it owns and counts, but has at no gfn: unmapped ones, and those of ``MemSharing.leaving``."""
     page_tables: PageTables | None = None
     """The memory for its page tables, where that is limited."""
 
@@ -100,6 +101,8 @@ class MemSharing:
         self.entries = Column(np.int64, self._make_entries)
         self.freed_pages = 0
         self.used_frames = 0
+        self.leaving: dict[int, Domain] = {}
+        """Frames that their domain gave up while extra references were held: they stay its own until the last goes."""
         self._mark = np.zeros(0, np.int64)
 
     def _make_entries(self, key: int) -> NDArray[np.int64] | None:
@@ -115,7 +118,7 @@ class MemSharing:
         mfn = value >> TYPE_BITS
         if value & TYPE_MASK == _SHARED:
             return self.frames.handle.item(self.frames.slot_of_mfn.get(mfn))
-        if value & TYPE_MASK not in _NOMINABLE or mfn in self.memory.writable_frames:
+        if value & TYPE_MASK not in NOMINABLE or mfn in self.memory.writable_frames:
             return Status.EINVAL
         if self.memory.extra_refs.get(mfn, 0) != expected_refs:
             return Status.E2BIG
@@ -130,8 +133,9 @@ class MemSharing:
         """Put the client's frame's sharers on the source's frame; a status. Cost: linear in the client's sharers."""
         source, client = self.entries.get(source_pid), self.entries.get(client_pid)
         source_mfn, client_mfn = source >> TYPE_BITS, client >> TYPE_BITS
-        if source_mfn == client_mfn:  # also two holes: Xen compares frames before it looks at anything else
-            return Status.OK
+        same_frame = source_mfn == client_mfn and _GRANT not in (source & TYPE_MASK, client & TYPE_MASK)
+        if same_frame or source_pid == client_pid:
+            return Status.OK  # also for two holes: Xen compares frames before it looks at anything else
         source_shared, client_shared = source & TYPE_MASK == _SHARED, client & TYPE_MASK == _SHARED
         if not source_shared and not client_shared:
             source_first = _lock_order(source_mfn) < _lock_order(client_mfn)
@@ -159,10 +163,13 @@ class MemSharing:
         if source & TYPE_MASK != _SHARED or self.frames.handle.item(slot) != source_handle:
             return Status.S_HANDLE_INVALID
         client_pid = page_id(client.domid, client_gfn)
-        if self.entries.get(client_pid) not in _HOLES:
+        before = self.entries.get(client_pid)
+        if before & TYPE_MASK not in HOLES:
             return Status.C_HANDLE_INVALID
         if client.page_tables is not None and not client.page_tables.cover(client_gfn):
             return Status.ENOMEM
+        if before >> TYPE_BITS:
+            client.orphans.append(before >> TYPE_BITS)
         self.entries.set(client_pid, source)
         self.frames.link(slot, client_pid)
         client.p2m.max_gfn = max(client.p2m.max_gfn, client_gfn)
@@ -173,7 +180,8 @@ class MemSharing:
     def make_private(self, domain: Domain, gfn: int) -> int:
         """Give a RAM page a frame of its own that may be written; a status. Does nothing to one that has it.
 
-        The last sharer takes the frame as it is, whatever max_pages says; any other gets a copy.
+        The last sharer takes the frame as it is, whatever max_pages says; any other gets a copy. If there is no memory
+        for one, the gfn is posted on the domain's ring.
         """
         pid = page_id(domain.domid, gfn)
         value = self.entries.get(pid)
@@ -189,10 +197,10 @@ class MemSharing:
             domain.shr_pages -= 1
             own = mfn
         else:
-            if domain.tot_pages >= domain.max_pages:
-                return Status.ENOMEM
-            fresh = self.memory.allocate(domain.domid)
+            fresh = self.memory.allocate(domain.domid) if domain.tot_pages < domain.max_pages else None
             if fresh is None:
+                if kind == _SHARED and domain.ring_mfn is not None:
+                    domain.ring_events.append(gfn)
                 return Status.ENOMEM
             own = fresh
             if kind == _SHARED:
@@ -224,7 +232,7 @@ class MemSharing:
         So does the new frame, when a shared page is in its place and cannot be unshared: as in Xen (recorded in
         ``oom_populate_over_shared``), this failure is not free of effects.
         """
-        if domain.tot_pages >= domain.max_pages:
+        if domain.dying or domain.tot_pages >= domain.max_pages:
             return Status.ENOMEM
         if domain.page_tables is not None and not domain.page_tables.cover(gfn):
             return Status.ENOMEM
@@ -253,10 +261,40 @@ class MemSharing:
             return Status.EINVAL
         if (status := self.make_private(domain, gfn)) != Status.OK:
             return status
-        self.memory.free(self.entries.get(pid) >> TYPE_BITS)
-        domain.tot_pages -= 1
+        self.give_up_frame(domain, self.entries.get(pid) >> TYPE_BITS)
         self.entries.set(pid, HOLE)
         return Status.OK
+
+    def map_grant_frame(self, domain: Domain, gfn: int) -> int:
+        """Put a frame of the hypervisor's own at a gfn, in place of what was there; ENOMEM: that cannot be unshared."""
+        pid = page_id(domain.domid, gfn)
+        if is_ram(self.entries.get(pid)) and (status := self.depopulate(domain, gfn)) != Status.OK:
+            return status
+        if before := self.entries.get(pid) >> TYPE_BITS:
+            domain.orphans.append(before)
+        self.entries.set(pid, entry(0, P2mType.GRANT_FRAME))
+        domain.p2m.max_gfn = max(domain.p2m.max_gfn, gfn)
+        return Status.OK
+
+    def give_up_frame(self, domain: Domain, mfn: int) -> None:
+        """Take a frame of its own from a domain. As in Xen it counts until nobody holds it any more."""
+        if mfn in self.memory.extra_refs:
+            domain.orphans.append(mfn)
+            self.leaving[mfn] = domain
+        else:
+            self.memory.free(mfn)
+            domain.tot_pages -= 1
+
+    def release(self, mfn: int) -> Domain | None:
+        """Give an extra reference back; returns the domain whose frame went with it, if one did."""
+        self.memory.release(mfn)
+        if mfn in self.memory.extra_refs or mfn not in self.leaving:
+            return None
+        domain = self.leaving.pop(mfn)
+        domain.orphans.remove(mfn)
+        domain.tot_pages -= 1
+        self.memory.free(mfn, scrub=domain.dying)
+        return domain
 
     def remove_mapping(self, domain: Domain, gfn: int) -> int:
         """Make a gfn a hole; ENOENT if it is one. Its own frame stays the domain's, off a shared frame it goes.
@@ -345,7 +383,7 @@ class MemSharing:
         sources, clients = self.entries.gather(Spots(source_pids)), self.entries.gather(Spots(client_pids))
         source_slots = self._slots_of(sources)
         client_slots = self._slots_of(clients)
-        different = sources >> TYPE_BITS != clients >> TYPE_BITS
+        different = (sources >> TYPE_BITS != clients >> TYPE_BITS) | (sources == _GRANT) | (clients == _GRANT)
         source_good = (source_slots != NO_SLOT) & (frames.handle[source_slots] == source_handles)
         client_good = (client_slots != NO_SLOT) & (frames.handle[client_slots] == client_handles)
         joins = different & source_good & client_good
@@ -396,12 +434,11 @@ class MemSharing:
         self._mark[given_up] = 0
         return depend
 
-    def make_private_many(self, pids: Index) -> Statuses:
-        """``make_private`` for many RAM pages, in order. Last sharers, such as nominated pages, go all at once."""
+    def take_back_many(self, pids: Index, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """``make_private`` for those of many pages that are alone on their frame, if ``allowed``; which were done."""
         values = self.entries.gather(Spots(pids))
         slots = self._slots_of(values)
-        single = (slots != NO_SLOT) & (self.frames.count[slots] == 1)
-        statuses = np.zeros(len(pids), np.int32)
+        single: NDArray[np.bool_] = allowed & (slots != NO_SLOT) & (self.frames.count[slots] == 1)
         if single.any():
             _, first = np.unique(slots[single], return_index=True)
             rows = np.flatnonzero(single)[first]
@@ -411,17 +448,15 @@ class MemSharing:
             self.entries.scatter(Spots(leaving), mfns << TYPE_BITS | _RW)
             self.used_frames -= len(rows)
             self._count_pages(leaving, tot_pages=1, shr_pages=-1)
-        for row in np.flatnonzero(~single).tolist():
-            domid, gfn = page_of(pids.item(row))
-            statuses[row] = self.make_private(self.domains[domid], gfn)
-        return statuses
+        return single
 
     def release_zero_many(self, pids: Index, handles: Handles) -> Statuses:
         """``release_zero`` for many pages, in order; the same page may come twice."""
         values = self.entries.gather(Spots(pids))
         slots = self._slots_of(values)
         statuses = np.full(len(pids), Status.S_HANDLE_INVALID, np.int32)
-        single = (slots != NO_SLOT) & (self.frames.handle[slots] == handles) & (self.frames.count[slots] == 1)
+        named = (slots != NO_SLOT) & (self.frames.handle[slots] == handles)
+        single = named & (self.frames.count[slots] == 1)
         if single.any():
             _, first = np.unique(slots[single], return_index=True)
             rows = np.flatnonzero(single)[first]
@@ -431,15 +466,15 @@ class MemSharing:
             self.used_frames -= len(rows)
             self._count_pages(pids[rows], shr_pages=-1)
             statuses[rows] = Status.OK
-        for row in np.flatnonzero(~single).tolist():
+        for row in np.flatnonzero(named & ~single).tolist():
             domid, gfn = page_of(pids.item(row))
             statuses[row] = self.release_zero(self.domains[domid], gfn, handles.item(row))
         return statuses
 
-    def destroy(self, domain: Domain) -> Index:
+    def destroy(self, domain: Domain) -> None:
         """Take every page from a domain: off its shared frames, and its own frames back to the machine.
 
-        :returns: the frames of its own that it keeps, because of extra references to them.
+        Frames of its own that somebody holds stay with it until they are released.
         """
         held = self._held_frames(domain)
         for part in domain.p2m.untouched():
@@ -459,14 +494,14 @@ class MemSharing:
             self.frames.close_many(emptied)
             self.used_frames -= len(emptied)
             self.freed_pages -= len(pids) - len(emptied)
-        self.entries.drop(domain.p2m.first_key, domain.p2m.last_key)
+        self.entries.drop(domain.p2m.first_key, domain.p2m.end_key - 1)
         domain.p2m.extents.clear()
         orphans = np.array(domain.orphans, np.int64)
         self.memory.free_many(orphans[~np.isin(orphans, held)])
-        domain.orphans.clear()
+        domain.orphans = held.tolist()
+        self.leaving.update(dict.fromkeys(domain.orphans, domain))
         domain.tot_pages = len(held)
         domain.shr_pages = 0
-        return held
 
     def _held_frames(self, domain: Domain) -> Index:
         extra_refs = self.memory.extra_refs

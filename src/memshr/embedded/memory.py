@@ -91,8 +91,12 @@ class MachineMemory:
         """``count`` fresh frames of RAM in a row for ``owner``, the mfn of the first; None if there is no room."""
         if self._limit_pages is not None and self.allocated_pages + count > self._limit_pages:
             return None
+        try:
+            pages = _anonymous_pages(count)
+        except OSError:  # more than this process may map
+            return None
         self.allocated_pages += count
-        bank = self._add_bank(_anonymous_pages(count), owner, ram=True)
+        bank = self._add_bank(pages, owner, ram=True)
         if self._scrub_byte:
             bank.pages[:] = self._scrub_byte
         return bank.first_mfn
@@ -108,7 +112,7 @@ class MachineMemory:
         if not self._free:
             bank = self._add_bank(_anonymous_pages(CHUNK), NOBODY, ram=True)
             fresh = range(bank.first_mfn, bank.first_mfn + CHUNK)  # handed out from the top, as in Xen
-            self._free.extend(mfn << 1 | _SCRUB for mfn in fresh)
+            self._free.extend(mfn << 1 | (_SCRUB if self._scrub_byte else 0) for mfn in fresh)
         free = self._free.pop()
         mfn = free >> 1
         if free & _SCRUB:
@@ -117,15 +121,18 @@ class MachineMemory:
         self.owner.set(mfn, owner)
         return mfn
 
-    def free(self, mfn: int) -> None:
-        """Take a frame from its owner. While extra references are held its contents stay; then it can be reused."""
-        shared = self.owner.get(mfn) == DOMID_COW
+    def free(self, mfn: int, *, scrub: bool = False) -> None:
+        """Take a frame from its owner. While extra references are held its contents stay; then it can be reused.
+
+        :param scrub: nobody may see its contents again; so it is with a shared frame in any case.
+        """
+        scrub |= self.owner.get(mfn) == DOMID_COW
         self.owner.set(mfn, NOBODY)
         self.allocated_pages -= 1
         if mfn in self.extra_refs:
             self._parked.add(mfn)
         elif self._bank_of_chunk[mfn >> CHUNK_BITS].ram:
-            self._free.append(mfn << 1 | shared)
+            self._free.append(mfn << 1 | scrub)
 
     def free_many(self, mfns: Index) -> None:
         """``free`` for many distinct frames, which belonged to dead domains or were shared: all are scrubbed."""

@@ -18,6 +18,8 @@ from memshr.types import MAX_GFN_BITS, P2mType
 TYPE_BITS = 4
 TYPE_MASK = (1 << TYPE_BITS) - 1
 HOLE = 0
+HOLES = (HOLE, int(P2mType.MMIO_DM))
+"""Types with nothing behind them, where a shared frame may be put."""
 CHUNK_BITS_PER_DOMAIN = MAX_GFN_BITS - CHUNK_BITS
 
 _IS_RAM = np.zeros(1 << TYPE_BITS, np.bool_)
@@ -79,13 +81,19 @@ class P2m:
         return self.domid << CHUNK_BITS_PER_DOMAIN
 
     @property
-    def last_key(self) -> int:
-        """Key of the domain's last chunk that can hold anything."""
-        return self.first_key + (max(self.max_gfn, 0) >> CHUNK_BITS)
+    def end_key(self) -> int:
+        """Key of the first chunk after the domain's."""
+        return self.first_key + (1 << CHUNK_BITS_PER_DOMAIN)
 
     def touched(self) -> list[tuple[int, NDArray[np.int64]]]:
-        """The chunks of entries that exist: first page id and entries of each, ascending."""
-        return [(key << CHUNK_BITS, chunk) for key, chunk in self.entries.touched_chunks(self.first_key, self.last_key)]
+        """The chunks of entries that exist up to ``max_gfn``: first page id and entries of each, ascending."""
+        if self.max_gfn < 0:
+            return []
+        last_key, last = self.first_key + (self.max_gfn >> CHUNK_BITS), self.max_gfn & (CHUNK - 1)
+        return [
+            (key << CHUNK_BITS, chunk[: last + 1] if key == last_key else chunk)
+            for key, chunk in self.entries.touched_chunks(self.first_key, last_key)
+        ]
 
     def untouched(self) -> list[FrameExtent]:
         """The parts of the extents whose entries do not exist yet: private RAM, every page of them."""

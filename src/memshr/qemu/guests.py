@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memshr.errors import BackendError, MemshrError, NoSuchDomainError
+from memshr.errors import BackendError, NoSuchDomainError
 from memshr.procfs import Mapping, parse_maps
 from memshr.qemu import syscalls
 from memshr.qemu.monitor import Monitor, MonitorError
@@ -520,17 +520,3 @@ def direct_drives(monitor: Monitor) -> list[Drive]:
         for node in monitor.execute("query-named-block-nodes")
         if node["cache"]["direct"]
     ]
-
-
-# -- for those who list guests -----------------------------------------------------------------------------------------
-
-
-def guest_state(monitor: Monitor) -> str:
-    """QEMU's word for what the guest is doing."""
-    return str(monitor.execute("query-status")["status"])
-
-
-def explain(error: MemshrError) -> Refusal:
-    """An error of connecting to a guest, as a reason."""
-    text, _, remedy = str(error).partition("; ")
-    return Refusal(text, remedy or "look again")

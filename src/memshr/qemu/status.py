@@ -1,57 +1,118 @@
-"""What can be said about a guest without touching it: who it is, whether it may be touched, what it shares."""
+"""What ``memshr status`` shows: every QEMU of the host, may it be touched, what does it share. Touches nothing.
+
+All of it comes from QEMU and the kernel, so it is right whether or not a memshr is at work, and after one has died.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memshr.errors import MemshrError
-from memshr.qemu.guests import (
-    GuestProcess,
-    RamRange,
-    Refusal,
-    explain,
-    guest_state,
-    host_refusals,
-    memory_layout,
-    refusals,
-)
-from memshr.qemu.hypervisor import GuestFigures, QemuHypervisor
-from memshr.types import DomId
+import numpy as np
+
+from memshr.errors import BackendError, NoSuchDomainError
+from memshr.procfs import Mapping
+from memshr.qemu import guests, pagemap
+from memshr.qemu.agent import MAPPED_CONTROL
+from memshr.qemu.guests import GuestProcess, Refusal
+from memshr.qemu.pool import group_of
+from memshr.types import PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
 class GuestStatus:
-    """One guest. ``state`` is QEMU's word (running, paused, ...), or ``unknown`` when it could not be asked.
+    """One guest.
 
-    ``figures`` come from the kernel and are right whether or not a memshr is running; None if they cannot be read.
+    ``state`` is QEMU's word (running, paused, prelaunch, ...), or ``unknown`` if its monitor cannot be used.
+    ``refusals``: why memshr would leave it alone, each with its remedy; empty: it may be shared. ``attached``: an agent
+    is in it. ``groups``: the trust groups whose frames it reads. ``sharing_pages`` lie on frames; ``copied_pages`` were
+    on one until they were written, and still cost a mapping; ``frames`` are the different frames that it reads.
     """
 
     process: GuestProcess
     state: str
+    ram_bytes: int
     refusals: tuple[Refusal, ...]
-    figures: GuestFigures | None
+    attached: bool
     groups: tuple[str, ...]
-    """The trust groups whose frames it has mapped."""
+    sharing_pages: int
+    copied_pages: int
+    frames: int
 
 
-def guest_status(process: GuestProcess) -> GuestStatus:
-    """Look at a guest; nothing is changed, and nothing is raised for what cannot be found out: it is a refusal."""
-    layout: list[RamRange] = []
-    state = "unknown"
-    figures = None
-    groups: tuple[str, ...] = ()
+def guest_statuses() -> list[GuestStatus]:
+    """Every QEMU of this host, in order of pid; those that end meanwhile are left out."""
+    found = []
+    for process in guests.find_guests():
+        try:
+            found.append(status_of(process))
+        except (NoSuchDomainError, OSError):
+            if process.running:
+                raise
+    return found
+
+
+def status_of(process: GuestProcess) -> GuestStatus:
+    """One guest.
+
+    :raises NoSuchDomainError: it has ended.
+    :raises OSError: it has ended, or we may not look into it.
+    """
+    state, ram_bytes = "unknown", 0
     try:
         with process.monitor() as monitor:
-            state = guest_state(monitor)
-            layout = memory_layout(monitor)
-            found = refusals(process, monitor, layout)
-    except MemshrError as error:
-        # Reasons that lie in the host hold for every guest, so they come first.
-        return GuestStatus(process, state, (*host_refusals(), explain(error)), None, ())
+            state = str(monitor.execute("query-status")["status"])
+            layout = guests.memory_layout(monitor)
+            ram_bytes = sum(ram.pages for ram in layout) * PAGE_SIZE
+            refusals = guests.refusals(process, monitor, layout)
+    except BackendError as error:
+        without = guests.refusals(process, None, [])
+        refusals = without if process.qmp_path is None else (*without[:-1], Refusal(*_halves(error)))
+    mappings = process.mappings()
+    pools = [mapping for mapping in mappings if group_of(mapping) is not None]
+    sharing, frames = _sharing(process.pid, pools)
+    return GuestStatus(
+        process=process,
+        state=state,
+        ram_bytes=ram_bytes,
+        refusals=refusals,
+        attached=any(mapping.path == MAPPED_CONTROL for mapping in mappings),
+        groups=tuple(sorted({group_of(mapping) or "" for mapping in pools})),
+        sharing_pages=sharing,
+        copied_pages=sum(mapping.pages for mapping in pools) - sharing,
+        frames=frames,
+    )
+
+
+def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[str]]:
+    """The trust groups whose frames these guests have mapped: name -> names of the guests.
+
+    A guest that has frames of several is named in the first of them only; audit finds what does not belong there.
+    """
+    found: dict[str, list[str]] = {}
+    for process in processes:
+        groups = sorted({group for mapping in process.mappings() if (group := group_of(mapping)) is not None})
+        if groups:
+            found.setdefault(groups[0], []).append(process.name)
+    return found
+
+
+def _halves(error: BackendError) -> tuple[str, str]:
+    reason, _, remedy = str(error).partition("; ")
+    return reason, remedy or "look again"
+
+
+def _sharing(pid: int, pools: list[Mapping]) -> tuple[int, int]:
+    # Pages on frames, and how many different frames they are.
+    if not pools:
+        return 0, 0
+    reader = pagemap.Pagemap(pid)
     try:
-        with QemuHypervisor([process]) as hypervisor:
-            figures = hypervisor.guest_figures(DomId(1))
-            groups = tuple(sorted(pool.group for pool in hypervisor.pool_figures()))
-    except MemshrError as error:
-        found = found or (explain(error),)
-    return GuestStatus(process, state, found, figures, groups)
+        hvas = np.concatenate([np.arange(each.start, each.end, PAGE_SIZE, dtype=np.int64) for each in pools])
+        frames = np.concatenate([each.offset // PAGE_SIZE + np.arange(each.pages, dtype=np.int64) for each in pools])
+        inodes = np.repeat([each.inode for each in pools], [each.pages for each in pools])
+        on_frame = pagemap.on_frame(reader.entries(hvas))
+    finally:
+        reader.close()
+    different = np.unique(np.stack([inodes[on_frame], frames[on_frame]]), axis=1)
+    return int(on_frame.sum()), different.shape[1]

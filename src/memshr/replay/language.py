@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from memshr.replay.operations import OPERATIONS, ScriptError
 
 _TOKEN = re.compile(r'\s*(?:#.*|(?:(?P<key>[A-Za-z_][A-Za-z0-9_]*)=)?(?P<value>"(?:[^"\\]|\\.)*"|[^\s"#]+))')
-_SAVED = re.compile(r"\$(\w+)(?:\+(\d+))?$")
+_SAVED = re.compile(r"\$(\w+)(?:\+(\d{1,20}))?$")
+_LONGEST_NUMBER = 64
 _NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|[0-9]+)$")
 
 
@@ -35,7 +36,11 @@ def _value(text: str, saved: Mapping[str, int], column: int) -> int | str:
         if name not in saved:
             raise ScriptError(f"no handle was kept as ${name}", column=column, remedy=f"keep one with save={name}")
         return saved[name] + int(plus or 0)
-    return int(text, 0) if _NUMBER.match(text) and not re.match(r"-?0\d", text) else text
+    if not _NUMBER.match(text) or re.match(r"-?0\d", text):
+        return text
+    if len(text) > _LONGEST_NUMBER:
+        raise ScriptError(f"a number of {len(text)} digits", column=column, remedy="numbers have 64 bits")
+    return int(text, 0)
 
 
 def parse_line(text: str, saved: Mapping[str, int]) -> Line | None:
@@ -68,6 +73,8 @@ def parse_line(text: str, saved: Mapping[str, int]) -> Line | None:
     save = None
     for place, (key, value, column) in enumerate(words[1:]):
         if key == "save":
+            if not re.fullmatch(r"\w+", value):
+                raise ScriptError(f"{value!r} is no name to keep a handle by", column=column)
             save = value
             continue
         if key is None and place >= len(parameters):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from memshr.embedded import EmbeddedHypervisor, ForeignMapping
 from memshr.errors import CallError, HostMemoryError, MemshrError, Status, UnsupportedError
 from memshr.hypervisor import Hypervisor
-from memshr.types import DOMID_SELF, PAGE_SIZE, DomainKind, DomId, Gfn, GrantRef, Handle, P2mType
+from memshr.types import DOMID_SELF, MAX_GFN_BITS, PAGE_SIZE, DomainKind, DomId, Gfn, GrantRef, Handle, P2mType
 
 MAX_WORD = (1 << 64) - 1
 
@@ -146,7 +147,7 @@ def _page_values(data: bytes) -> dict[str, object]:
 
 def _c_string(text: str | None) -> bytes:
     # Data is written as the recorder wrote it, with the zero that ends a string in C.
-    return b"" if text is None else text.encode() + b"\0"
+    return b"" if text is None else text.encode(errors="backslashreplace") + b"\0"
 
 
 _MEM_TYPES = {0: P2mType.RAM_RW, 1: P2mType.RAM_RO, 2: P2mType.MMIO_DM}
@@ -200,7 +201,7 @@ class Operations:
         return values
 
     def _value(self, operation: str, parameter: Parameter, value: object) -> object:
-        wrong = ScriptError(f"{operation}: {parameter.name}={value!r} is not {parameter.kind.value}")
+        wrong = ScriptError(f"{operation}: {parameter.name}={reprlib.repr(value)} is not {parameter.kind.value}")
         match parameter.kind:
             case Kind.TEXT:
                 return str(value)
@@ -378,6 +379,10 @@ class Operations:
         """Make a domain, paused once. max_pages is pages + slack (64), or maxmem_kb."""
         if type not in list(DomainKind):
             raise ScriptError(f"create_domain: type={type!r} is none of {', '.join(DomainKind)}")
+        if pages < 0 or first_gfn < 0 or first_gfn + pages > 1 << MAX_GFN_BITS:
+            raise ScriptError(f"create_domain: {pages} pages from gfn {first_gfn} on exceed {MAX_GFN_BITS} bits")
+        if vcpus < 1:
+            raise ScriptError(f"create_domain: vcpus={vcpus}: a domain has at least one")
         max_pages = maxmem_kb // (PAGE_SIZE // 1024) if maxmem_kb is not None else None
         if max_pages is None and slack is not None:
             max_pages = pages + slack
@@ -415,6 +420,8 @@ class Operations:
     @_operation(_dom(), _number("pages"), embedded_only=True)
     def setmaxmem(self, dom: DomId, pages: int) -> Answer:
         """Change max_pages."""
+        if pages < 0:
+            raise ScriptError(f"setmaxmem: pages={pages} is negative")
         self.embedded.set_max_pages(dom, pages)
         return Answer()
 
@@ -432,6 +439,8 @@ class Operations:
         text = _c_string(data)
         if not 0 <= (byte or 0) <= 255 or not 0 <= off <= PAGE_SIZE - len(text):
             raise ScriptError("write: byte must be 0 to 255, and data must end within the page")
+        if count < 0:
+            raise ScriptError(f"write: count={count} is negative")
         for page in range(gfn, gfn + count):
             self.embedded.unshare_gfn(dom, Gfn(page))  # a writable mapping is made, whatever is written then
             if byte is not None:

@@ -46,7 +46,7 @@ DIFFERENCES: dict[str, str] = {
 """Where a replay may differ from a recording, and why."""
 
 _READ_VALUES = ("hex", "page_fnv1a", "uniform", "max_gpfn", "mem_type", "gdom", "frame")
-_DOMAIN_VALUES = ("exists", "tot_pages", "shr_pages", "paused", "dying")
+_DOMAIN_VALUES = ("exists", "tot_pages", "shr_pages", "max_pages", "paused", "dying")
 _WRITABLE_MAPS = ("write", "read", "hold", "grant_map")
 
 
@@ -117,7 +117,7 @@ class _Replay:
             trace = json.loads(self._path.read_bytes())
         except OSError as error:
             raise ScriptError(f"{self._path}: {error.strerror or error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ScriptError(f"{self._path}: no JSON: {error}") from error
         if not isinstance(trace, dict) or not isinstance(trace.get("steps"), list):
             raise ScriptError(f"{self._path}: no trace: it has no list of steps")
@@ -156,9 +156,15 @@ class _Replay:
         handle = step.get("handle", 0)
         if not isinstance(handle, int) or not 0 <= handle <= MAX_WORD:
             raise self._error(number, f"the handle {handle!r} is not a number of 64 bits")
-        for name in ("counters", "domains"):
-            if not isinstance(step.get(name, {}), dict):
+        domains = step.get("domains", {})
+        for name, value in (("counters", step.get("counters", {})), ("domains", domains)):
+            if not isinstance(value, dict):
                 raise self._error(number, f"{name} must be an object")
+        for name, value in domains.items():
+            if not isinstance(value, dict):
+                raise self._error(number, f"domains: {name} must be an object")
+        if not isinstance(step.get("words", []), list):
+            raise self._error(number, "words must be a list")
 
     def _do(self, number: int, step: Mapping[str, Any]) -> Answer:
         try:
@@ -177,7 +183,7 @@ class _Replay:
         if "counters" in step:
             counters, audit = self._hypervisor.counters(), self._hypervisor.audit()
             ours = {"freed": counters.freed_pages, "used": counters.used_frames, "audit": audit.xen_errors}
-            pairs += [(name, step["counters"].get(name), value) for name, value in ours.items()]
+            pairs += [(name, step["counters"][name], value) for name, value in ours.items() if name in step["counters"]]
             pairs += [("our own audit", [], [str(finding) for finding in audit.findings])]
         for name, recorded in step.get("domains", {}).items():
             state = self._domain_state(name)
@@ -196,6 +202,7 @@ class _Replay:
             "exists": True,
             "tot_pages": info.tot_pages,
             "shr_pages": info.shr_pages,
+            "max_pages": info.max_pages,
             "paused": int(info.pause_count > 0),
             "dying": int(info.dying),
         }
@@ -217,7 +224,8 @@ class _Replay:
         return ""
 
     def _page(self, arguments: Mapping[str, Any], side: str) -> tuple[DomId, Gfn] | None:
-        domid = self._operations.domains.get(arguments.get(f"{side}dom", ""))
+        name = arguments.get(f"{side}dom")
+        domid = self._operations.domains.get(name) if isinstance(name, str) else None
         gfn = arguments.get(f"{side}gfn")
         return None if domid is None or not isinstance(gfn, int) else (domid, Gfn(gfn))
 
@@ -253,8 +261,10 @@ class _Replay:
             return False
         if what in ("freed", "used"):
             counters = self._hypervisor.counters()
-            recorded = step["counters"]["freed"] + step["counters"]["used"]
-            return bool(recorded == counters.freed_pages + counters.used_frames + phantoms)
+            recorded = step["counters"].get("freed"), step["counters"].get("used")
+            if not all(isinstance(number, int) for number in recorded):
+                return False
+            return bool(sum(recorded) == counters.freed_pages + counters.used_frames + phantoms)
         if what == "audit" or (what == "rc" and step["op"] == "audit"):
             return ours == 0 and xen == 2 * phantoms
         if what == "rc" and step["op"] in ("debug_gfn", "freed_pages", "used_frames"):
@@ -283,9 +293,10 @@ class _Replay:
 def _handle(step: Mapping[str, Any]) -> object:
     # A raw call hands its handle out in the second word of its union.
     if step["op"] == "raw_memop" and step["args"].get("op") in (0, 1) and step["rc"] == 0:
-        return step.get("words", [None, None])[1]
+        return next(iter(step.get("words", [])[1:2]), None)
     return step.get("handle")
 
 
 def _source(step: Mapping[str, Any]) -> str:
-    return str(step.get("src", step["op"]))
+    source = str(step.get("src", step["op"]))
+    return source if source.isprintable() else ascii(source)

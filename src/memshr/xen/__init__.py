@@ -1,0 +1,25 @@
+"""A real Xen host, through its own libraries: the mechanism behind ``xen:``.
+
+``open_host`` gives the seam. ``libxc`` holds every C prototype and structure, ``connection`` finds library and
+hypervisor and checks both, ``hypervisor`` is the seam on them, ``throwaway`` makes domains to test with, and
+``standin`` plays the library on machines without Xen.
+"""
+
+from memshr.xen.connection import Connection, HostFacts, connect, runs_xen
+from memshr.xen.hypervisor import XenHypervisor
+
+__all__ = ["Connection", "HostFacts", "XenHypervisor", "connect", "open_host", "runs_xen"]
+
+
+def open_host() -> XenHypervisor:
+    """Open the Xen host that this machine is the control domain of.
+
+    :raises UnsupportedError: no Xen, no library, a release that is not known, a PVH dom0.
+    :raises PermissionDeniedError: not root, or not the control domain.
+    """
+    connection = connect()
+    try:
+        return XenHypervisor(connection)
+    except BaseException:
+        connection.close()
+        raise
