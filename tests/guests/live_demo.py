@@ -97,8 +97,8 @@ def story(guests: Sequence[LinuxGuest]) -> None:
 
     tell("Leave all of them as they were: no thread, no mapping, no descriptor of memshr stays.")
     memshr("detach", *sources)
-    left = [guest.name for guest in guests if "memshr" in Path(f"/proc/{guest.pid}/maps").read_text()]
-    print(f"$ grep -l memshr /proc/{{{','.join(str(guest.pid) for guest in guests)}}}/maps")
+    left = [guest.name for guest in guests if "/memfd:memshr" in Path(f"/proc/{guest.pid}/maps").read_text()]
+    print(f"$ grep -l memfd:memshr /proc/{{{','.join(str(guest.pid) for guest in guests)}}}/maps")
     if left:
         raise GuestFailedError(f"something of memshr is left in {', '.join(left)}")
     check(guests)
