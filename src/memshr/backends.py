@@ -1,26 +1,36 @@
 """Opens what a user names: sources of memory, and hosts to call by hand. An explicit table, imported when needed.
 
-A SOURCE is a memory image (a path) or, with a prefix, something live: ``qemu:all``, ``qemu:NAME``. A HOST is a
-mechanism: ``embedded:`` with the images that its domains are made of, or ``qemu:`` with the guests.
+A SOURCE is a memory image (a path) or, with a prefix, something live: ``qemu:all``, ``qemu:NAME``, ``xen:all``,
+``xen:DOMID``. A HOST is a mechanism: ``embedded:`` with the images that its domains are made of, ``qemu:`` with the
+guests, or ``xen:``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
+import mmap
+import os
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from memshr.embedded import EmbeddedHypervisor
-from memshr.errors import MemshrError, NoSuchDomainError, UnsupportedError
+from memshr.errors import BackendError, MemshrError, NoSuchDomainError, UnsupportedError
 from memshr.hypervisor import Hypervisor
 from memshr.images import MemoryImage, open_image
-from memshr.types import DomainInfo, DomId
+from memshr.types import PAGE_SIZE, DomainInfo, DomId, Extent, Gfn, PageArray, PageBytes
 
 if TYPE_CHECKING:
     from memshr.qemu.guests import GuestProcess
     from memshr.qemu.hypervisor import QemuHypervisor
+    from memshr.xen import XenHypervisor
 
+_COPY_PAGES = 2048
 EMBEDDED = "embedded:"
 
 
@@ -68,12 +78,20 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in absolute]
 
 
-def are_guests(sources: Sequence[str]) -> bool:
-    """True if the sources are running QEMU guests, False if they are image files.
+class SourceKind(enum.StrEnum):
+    """Where the memory of a source is."""
 
-    :raises MemshrError: they are of both kinds, or of a kind that cannot be shared.
+    IMAGE = "image files"
+    QEMU = "running QEMU guests"
+    XEN = "domains of a Xen host"
+
+
+def kind_of(sources: Sequence[str]) -> SourceKind:
+    """What kind of sources these are.
+
+    :raises MemshrError: they are of several kinds, or of one that is none.
     """
-    prefixes = {_prefix(source) for source in sources}
+    kinds = {}
     for source in sources:
         prefix = _prefix(source)
         if prefix == "pid":
@@ -81,11 +99,10 @@ def are_guests(sources: Sequence[str]) -> bool:
                 f"{source}: a process cannot be read in place",
                 remedy=f"write its memory to a file first: memshr capture {source} -o FILE",
             )
-        if prefix == "xen":
-            raise UnsupportedError(f"{source}: this version of memshr does not drive Xen hosts")
-    if "qemu" in prefixes and len(prefixes) > 1:
-        raise MemshrError("running guests and image files cannot share with each other", remedy="name one kind")
-    return "qemu" in prefixes
+        kinds[{"qemu": SourceKind.QEMU, "xen": SourceKind.XEN}.get(prefix or "", SourceKind.IMAGE)] = source
+    if len(kinds) > 1:
+        raise MemshrError(f"{' and '.join(kinds)} cannot share with each other", remedy="name sources of one kind")
+    return next(iter(kinds))
 
 
 def select_guests(sources: Sequence[str]) -> list[GuestProcess]:
@@ -138,19 +155,100 @@ def open_guests(
 
 
 @contextlib.contextmanager
+def open_xen() -> Iterator[XenHypervisor]:
+    """The Xen host that this machine is the control domain of.
+
+    :raises BackendError: there is none, or it cannot be used.
+    """
+    from memshr.xen import open_host as open_xen_host  # noqa: PLC0415  # loads Xen's libraries
+
+    with open_xen_host() as hypervisor:
+        yield hypervisor
+
+
+def select_domains(hypervisor: XenHypervisor, sources: Sequence[str]) -> list[DomId]:
+    """The domains that ``xen:all`` (or ``xen:``), ``xen:DOMID`` or ``xen:NAME`` name, each once.
+
+    :raises NoSuchDomainError: there is none, or a name is that of several.
+    """
+    found: dict[DomId, None] = {}
+    for source in sources:
+        found.update(dict.fromkeys(info.domid for info in hypervisor.select(source.partition(":")[2] or "all")))
+    return list(found)
+
+
+@contextlib.contextmanager
+def open_copies(host: Hypervisor, domids: Sequence[DomId]) -> Iterator[EmbeddedHypervisor]:
+    """The domains of a host as they are now, copied into the embedded hypervisor: nothing is done to the host.
+
+    The copies lie in a temporary file that is as large as the memory behind the domains; pages that the host spends no
+    memory on are not copied and stay pages without a frame.
+
+    :raises BackendError: no room for the file.
+    """
+    hypervisor = EmbeddedHypervisor()
+    buffer = np.empty((_COPY_PAGES, PAGE_SIZE), np.uint8)
+    with contextlib.ExitStack() as stack:
+        for domid in domids:
+            file = stack.enter_context(tempfile.TemporaryFile(prefix="memshr-estimate-"))
+            runs, absent = [], []
+            for first, count in host.populated_ranges(domid).tolist():
+                runs.append((first, count, file.tell()))
+                for start in range(first, first + count, _COPY_PAGES):
+                    pages = PageArray.of_domain(domid, np.arange(start, min(start + _COPY_PAGES, first + count)))
+                    backed = host.backed(pages)
+                    absent.append(pages.gfns[~backed])
+                    _append(file, host.read_range(domid, Gfn(start), len(pages), buffer), backed)
+            copy = hypervisor.create_domain(host.domain_info(domid).name, extents=_extents_of(file, runs))
+            hypervisor.leave_unbacked(copy, np.concatenate([*absent, np.empty(0, np.int64)]))
+        yield hypervisor
+
+
+def _append(file: BinaryIO, pages: PageBytes, backed: NDArray[np.bool_]) -> None:
+    try:
+        if backed.any():
+            file.write(pages.data)
+        else:
+            file.seek(pages.nbytes, os.SEEK_CUR)
+    except OSError as error:
+        raise BackendError(
+            f"no room to copy the memory to: {error.strerror}",
+            remedy=f"make room in {tempfile.gettempdir()}, or set TMPDIR",
+        ) from error
+
+
+def _extents_of(file: BinaryIO, runs: Sequence[tuple[int, int, int]]) -> list[Extent]:
+    end = max((offset + count * PAGE_SIZE for _, count, offset in runs), default=0)
+    if not end:
+        return []
+    file.truncate(end)
+    # SAFETY: the file has no name, so nobody can truncate it under the mapping; writes stay private.
+    mapping = np.frombuffer(mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY), np.uint8)
+    pages = mapping.reshape(-1, PAGE_SIZE)
+    return [
+        Extent(Gfn(first), pages[offset // PAGE_SIZE : offset // PAGE_SIZE + count]) for first, count, offset in runs
+    ]
+
+
+@contextlib.contextmanager
 def open_host(uri: str) -> Iterator[Hypervisor]:
     """The mechanism that ``uri`` names.
 
-    ``embedded:``; ``embedded:IMAGE,IMAGE...`` with a domain for each image; ``qemu:all``, ``qemu:NAME`` for guests.
+    ``embedded:``; ``embedded:IMAGE,IMAGE...`` with a domain for each image; ``qemu:all``, ``qemu:NAME`` for guests;
+    ``xen:`` for a Xen host.
 
     :raises MemshrError: there is no such mechanism, or an image cannot be opened.
     """
+    if _prefix(uri) == "xen":
+        with open_xen() as xen:
+            yield xen
+        return
     if _prefix(uri) == "qemu":
         with open_guests(select_guests([uri])) as guests:
             yield guests
         return
     if not uri.startswith(EMBEDDED):
-        raise MemshrError(f"{uri!r} is no host", remedy=f"write {EMBEDDED} or {EMBEDDED}IMAGE,IMAGE, or qemu:all")
+        raise MemshrError(f"{uri!r} is no host", remedy=f"write {EMBEDDED}, {EMBEDDED}IMAGE,IMAGE, qemu:all or xen:")
     paths = [path for path in uri.removeprefix(EMBEDDED).split(",") if path]
     with open_images(paths) as hypervisor:
         yield hypervisor

@@ -31,9 +31,10 @@ TYPES = {
 }
 FAR = (1 << 36) - 1
 
-domids = st.integers(0, 6).map(DomId)
-gfns = st.one_of(st.integers(0, PAGES), st.integers(0, PAGES), st.sampled_from([0, 1, FAR, 1 << 36, -1])).map(Gfn)
+living = st.integers(1, 3).map(DomId)  # those that there are from the start, while nobody destroys them
+domids = st.one_of(living, living, living, st.integers(0, 7).map(DomId))
 near_gfns = st.integers(0, PAGES).map(Gfn)
+gfns = st.one_of(near_gfns, near_gfns, near_gfns, st.sampled_from([FAR, 1 << 36, -1]).map(Gfn))
 refs = st.sampled_from([8, 9, 8, 9, 511, 512, -1]).map(GrantRef)
 twists = st.sampled_from([0, 0, 0, 0, 1, -1, 1 << 63])
 """What is added to the right handle of a page."""
@@ -94,7 +95,7 @@ class Twins(RuleBasedStateMachine):
             return
         assert self.naive.create(domid, pages, max_pages, kind, vcpus) == 0
 
-    @rule(domid=domids)
+    @rule(domid=st.integers(1, 9).map(DomId))
     def destroy(self, domid: DomId) -> None:
         self.same(lambda: self.embedded.destroy_domain(domid), self.naive.destroy(domid))
 
@@ -134,7 +135,7 @@ class Twins(RuleBasedStateMachine):
         if frame is not None:
             self.held.append((found[0], frame))
 
-    @rule(domid=domids, ref=refs, times=st.sampled_from([1, 3]))
+    @rule(domid=domids, ref=refs, times=st.just(1))
     def hold_granted(self, domid: DomId, ref: GrantRef, times: int) -> None:
         if domid not in self.naive.domains:
             return
@@ -223,11 +224,40 @@ class Twins(RuleBasedStateMachine):
         naive = self.naive.share(source, sgfn, sh, client, cgfn, ch)
         self.same(lambda: self.embedded.share_gfns(source, sgfn, sh, client, cgfn, ch), naive)
 
-    @rule(source=domids, sgfn=near_gfns, client=domids, cgfn=near_gfns)
-    def nominate_and_share(self, source: DomId, sgfn: Gfn, client: DomId, cgfn: Gfn) -> None:
-        self.nominate(source, sgfn)
-        self.nominate(client, cgfn)
-        self.share(source, sgfn, client, cgfn, 0, 0)
+    @rule(pages=st.lists(st.tuples(living, near_gfns), min_size=2, max_size=4))
+    def share_a_group(self, pages: list[tuple[DomId, Gfn]]) -> None:
+        for page in pages:
+            self.nominate(*page)
+            self.share(*pages[0], *page, 0, 0)
+
+    @rule(domid=living, gfn=st.integers(0, 3).map(Gfn), vcpu=st.sampled_from([None, 0, 1]), ring=st.booleans())
+    def write_without_room(self, domid: DomId, gfn: Gfn, vcpu: int | None, ring: bool) -> None:
+        if ring:
+            self.set_up_ring(domid, Gfn((gfn + 2) % 4))
+        self.share_a_group([(domid, gfn), (domid, Gfn((gfn + 1) % 4))])
+        domain = self.naive.domains.get(domid)
+        if domain is not None:
+            self.set_max_pages(domid, len(domain.owned))
+            self.write(domid, gfn, 1, vcpu)
+
+    @rule(domid=living, gfn=near_gfns, times=st.sampled_from([1, 2, 3, 3]))
+    def nominate_while_held_by_grant(self, domid: DomId, gfn: Gfn, times: int) -> None:
+        self.grant(domid, GrantRef(8), gfn)
+        for _ in range(times):
+            self.hold_granted(domid, GrantRef(8), 1)
+        self.nominate_gref(domid, GrantRef(8))
+        self.debug_gref(domid, GrantRef(8))
+        for _ in range(times):
+            self.release(-1)
+
+    @rule(domid=living, gfn=near_gfns)
+    def give_up_while_held(self, domid: DomId, gfn: Gfn) -> None:
+        held = len(self.held)
+        self.hold(domid, gfn, False)
+        self.decrease_reservation(domid, gfn)
+        if len(self.held) > held:
+            self.domains_are_equal()
+            self.release(-1)
 
     @rule(source=domids, sref=refs, client=domids, cref=refs)
     def share_grefs(self, source: DomId, sref: GrantRef, client: DomId, cref: GrantRef) -> None:
@@ -329,6 +359,21 @@ class Twins(RuleBasedStateMachine):
         self.create(0, 0, DomainKind.HVM, 1)
         self.fork(parent, DomId(max(self.naive.domains, default=0)))
 
+    @rule()
+    def die_while_held(self) -> None:
+        self.create(2, 0, DomainKind.HVM, 1)
+        newest = DomId(max(self.naive.domains, default=0))
+        self.hold(newest, Gfn(0), False)
+        self.destroy(newest)
+
+    @rule(parent=living, child=living, gfn=near_gfns)
+    def fork_write_hold_and_reset(self, parent: DomId, child: DomId, gfn: Gfn) -> None:
+        self.pause(child)
+        self.fork(parent, child)
+        self.write(child, gfn, 2, None)
+        self.hold(child, gfn, False)
+        self.fork_reset(child, False, True)
+
     @rule(domid=domids, state=st.booleans(), memory=st.booleans())
     def fork_reset(self, domid: DomId, state: bool, memory: bool) -> None:
         naive = self.naive.fork_reset(domid, state=state, memory=memory)
@@ -383,4 +428,4 @@ class Twins(RuleBasedStateMachine):
 
 
 TestTwins = Twins.TestCase
-TestTwins.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestTwins.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -1,5 +1,6 @@
 """The commands as a user runs them: what they print, their JSON, their exit codes, and one line for bad input."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from command_line import CommandLine
 from memshr.embedded import EmbeddedHypervisor
 from memshr.images import open_image
 from memshr.types import DomId, Gfn, PageBytes
+from memshr.xen import XenHypervisor
+from memshr.xen.standin import StandIn, open_stand_in
 
 PAGE_SIZE = 4096
 
@@ -257,6 +260,58 @@ def test_demo_in_json_adds_up(memshr: CommandLine) -> None:
     assert together["inter_pages"] > 1000
     assert together["saved_pages"] == together["zero_pages"] + together["intra_pages"] + together["inter_pages"]
     assert stories["alone"]["saved_pages"] == stories["alone"]["zero_pages"] + stories["alone"]["intra_pages"]
+
+
+# -- hosts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [["share", "xen:all"], ["estimate", "xen:"], ["audit", "xen:"], ["status", "xen:"]]
+)
+def test_without_xen_one_line_says_what_is_missing(arguments: list[str], memshr: CommandLine) -> None:
+    if Path("/proc/xen/capabilities").exists():
+        pytest.skip("this is a Xen host")
+    outcome = memshr(*arguments)
+    assert (outcome.code, outcome.out) == (3, "")
+    assert outcome.err.startswith("memshr: ")
+    assert outcome.err.count("\n") == 1
+
+
+def test_sources_of_two_kinds(memshr: CommandLine, images: tuple[Path, Path]) -> None:
+    outcome = memshr("share", images[0], "qemu:all")
+    assert outcome.code == 2
+    assert "cannot share with each other" in outcome.err
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> XenHypervisor:
+    """A Xen host that is the stand-in, with two domains; what the commands open as ``xen:``."""
+    played = StandIn()
+    xen = open_stand_in(played)
+    for name in ("one", "two"):
+        domid = played.embedded.create_domain(name, 6)
+        for gfn in range(4):
+            played.embedded.write(domid, Gfn(gfn), bytes([gfn // 2]) * PAGE_SIZE)
+    for module in ("share", "estimate", "audit", "status"):
+        monkeypatch.setattr(f"memshr.cli.{module}.open_xen", lambda: contextlib.nullcontext(xen))
+    return xen
+
+
+def test_the_commands_on_a_stand_in_for_xen(memshr: CommandLine, stand_in: XenHypervisor) -> None:
+    estimate = json.loads(memshr("estimate", "xen:all", "--group", "all", "--json").out)
+    assert (estimate["zero_pages"], estimate["intra_pages"], estimate["inter_pages"]) == (8, 2, 1)
+    assert stand_in.counters().used_frames == 0
+    share = json.loads(memshr("share", "xen:1", "xen:2", "--group", "all", "--json").out)
+    assert share["audit_findings"] == []
+    assert share["saved_pages"] == 10  # Xen keeps a frame for the zero pages
+    status = memshr("status", "xen:")
+    assert status.code == 0
+    for words in ("dom1", "dom2", "memory sharing is built in", "2 frames shared"):
+        assert words in status.out
+    assert json.loads(memshr("status", "xen:all", "--json").out)["counters"] == {"freed_pages": 10, "used_frames": 2}
+    assert memshr("top", "xen:", "--count", "2", "--interval", "0.1").out.count("Xen ") == 2
+    audit = memshr("audit", "xen:")
+    assert (audit.code, audit.out) == (0, "0 findings; 2 frames are shared and save 10 pages.\n")
 
 
 # -- ctl -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import click
@@ -20,14 +20,20 @@ from memshr.sharing.groups import trust_groups
 from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, SharingReport
 from memshr.sharing.session import Progress as SessionProgress
 from memshr.sharing.session import SharingOptions, share
-from memshr.types import PAGE_SIZE
+from memshr.types import PAGE_SIZE, DomId
 
 _PAIRS_SHOWN = 20
 
 
-def run_session(hypervisor: Hypervisor, groups: Sequence[str], *, max_sharers: int = 256) -> SharingReport:
-    """Share what can be shared among the host's domains; shows progress when standard error is a terminal."""
-    trusted = trust_groups(hypervisor.domains(), groups, lambda: secrets.randbits(SEED_BITS))
+def run_session(
+    hypervisor: Hypervisor, groups: Sequence[str], *, max_sharers: int = 256, domids: Collection[DomId] | None = None
+) -> SharingReport:
+    """Share what can be shared among the host's domains; shows progress when standard error is a terminal.
+
+    :param domids: only these domains; None: all.
+    """
+    domains = [info for info in hypervisor.domains() if domids is None or info.domid in domids]
+    trusted = trust_groups(domains, groups, lambda: secrets.randbits(SEED_BITS))
     with _session_progress() as progress:
         return share(
             hypervisor, trusted, wait=time.sleep, options=SharingOptions(max_sharers=max_sharers), progress=progress

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from memshr.backends import are_guests, open_guests, open_images, select_guests
+from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_xen, select_domains, select_guests
 from memshr.cli.options import print_json, reserve_mib, sharing_options
 from memshr.cli.session import exit_with, mib, print_report, run_session
 from memshr.errors import RefusedDomainError
@@ -36,14 +36,22 @@ def share(
     after the command, and the host has the memory. Guests that must not be touched are left alone, with the reason; see
     memshr status.
 
+    Domains of a Xen host (xen:all, xen:DOMID, xen:NAME) are shared by Xen itself; docs/xen-host.md says what host that
+    takes.
+
     Image files are shared in the embedded reference hypervisor, which lives as long as the command: it shows what
     happens, and the files stay as they are.
     """
-    if are_guests(sources):
+    kind = kind_of(sources)
+    if kind is SourceKind.QEMU:
         _share_guests(select_guests(sources), groups, max_sharers, reserve_mib << 20, as_json=as_json)
         return
-    with open_images(sources, format=image_format) as hypervisor:
-        report = run_session(hypervisor, groups, max_sharers=max_sharers)
+    if kind is SourceKind.XEN:
+        with open_xen() as xen:
+            report = run_session(xen, groups, max_sharers=max_sharers, domids=select_domains(xen, sources))
+    else:
+        with open_images(sources, format=image_format) as hypervisor:
+            report = run_session(hypervisor, groups, max_sharers=max_sharers)
     if as_json:
         print_json(report.to_dict())
     else:

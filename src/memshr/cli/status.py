@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -14,12 +15,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from memshr.backends import select_guests
+from memshr.backends import SourceKind, kind_of, open_xen, select_domains, select_guests
 from memshr.cli.options import as_json, print_json
 from memshr.cli.session import mib
 
 if TYPE_CHECKING:
     from memshr.qemu.status import GuestStatus
+    from memshr.xen import XenHypervisor
 
 
 def _look(sources: Sequence[str]) -> list[GuestStatus]:
@@ -29,25 +31,33 @@ def _look(sources: Sequence[str]) -> list[GuestStatus]:
 
 
 @click.command(short_help="The QEMU guests of this host, and what they share.")
-@click.argument("guests", nargs=-1, metavar="[qemu:GUEST]...")
+@click.argument("guests", nargs=-1, metavar="[qemu:GUEST|xen:DOMAIN]...")
 @as_json
 def status(guests: tuple[str, ...], as_json: bool) -> None:
     """The running QEMU guests of this host: who they are, whether memshr may touch them, and what they share.
 
     A guest that must not be touched is listed with every reason, each with what would change it. Nothing is changed.
+    With xen: it is the domains of the Xen host, and what host that is.
     """
+    if guests and kind_of(guests) is SourceKind.XEN:
+        with open_xen() as xen:
+            if as_json:
+                print_json(_plain_xen(xen, guests))
+            else:
+                _console().print(_xen_table(xen, guests))
+        return
     found = _look(guests)
     if as_json:
         print_json([_plain(each) for each in found])
         return
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(_table(found, {}))
+    _console().print(_table(found, {}))
     for each in found:
         for refusal in each.refusals:
             click.echo(f"{each.process.name} ({each.process.pid}) must not be touched: {refusal}")
 
 
 @click.command(short_help="Watch what the guests share.")
-@click.argument("guests", nargs=-1, metavar="[qemu:GUEST]...")
+@click.argument("guests", nargs=-1, metavar="[qemu:GUEST|xen:DOMAIN]...")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1),
@@ -64,27 +74,78 @@ def top(guests: tuple[str, ...], interval: float, count: int | None) -> None:
 
     On a terminal the table is refreshed in place; Ctrl-C ends it. In a pipe each look is printed below the last.
     """
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    looks = 0
-    before: dict[int, int] = {}
-    with Live(console=console, auto_refresh=False, screen=False) as live:
-        while True:
+    console = _console()
+    with contextlib.ExitStack() as stack:
+        if guests and kind_of(guests) is SourceKind.XEN:
+            xen = stack.enter_context(open_xen())
+            _refresh(console, lambda: _xen_table(xen, guests), interval, count)
+            return
+        before: dict[int, int] = {}
+
+        def look() -> Table:
             found = _look(guests)
             rates = {
                 each.process.pid: (each.copied_pages - before[each.process.pid]) / interval
                 for each in found
                 if each.process.pid in before
             }
-            before = {each.process.pid: each.copied_pages for each in found}
-            table = _table(found, rates)
+            before.clear()
+            before.update({each.process.pid: each.copied_pages for each in found})
+            return _table(found, rates)
+
+        _refresh(console, look, interval, count)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _refresh(console: Console, look: Callable[[], Table], interval: float, count: int | None) -> None:
+    # On a terminal in place, in a pipe one table below the other.
+    looks = 0
+    with Live(console=console, auto_refresh=False, screen=False) as live:
+        while True:
             if sys.stdout.isatty():
-                live.update(table, refresh=True)
+                live.update(look(), refresh=True)
             else:
-                console.print(table)
+                console.print(look())
             looks += 1
             if looks == count:
                 return
             time.sleep(interval)
+
+
+def _xen_table(xen: XenHypervisor, sources: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table.add_column("domain")
+    for column in ("domid", "kind", "own MiB", "shared MiB", "paused", "dying"):
+        table.add_column(column, justify="right")
+    for domid in select_domains(xen, sources):
+        info = xen.domain_info(domid)
+        table.add_row(
+            info.name,
+            str(domid),
+            info.kind,
+            mib(info.tot_pages),
+            mib(info.shr_pages),
+            str(info.pause_count),
+            "yes" if info.dying else "no",
+        )
+    facts = xen.facts
+    caption = (
+        f"Xen {facts.version} through {facts.library}; memory sharing is {'' if facts.sharing else 'not '}built in."
+    )
+    if facts.sharing:
+        counters = xen.counters()
+        caption += f" {mib(counters.freed_pages)} MiB freed, {counters.used_frames:,} frames shared."
+    table.caption = caption
+    return table
+
+
+def _plain_xen(xen: XenHypervisor, sources: Sequence[str]) -> dict[str, object]:
+    counters = dataclasses.asdict(xen.counters()) if xen.facts.sharing else None
+    domains = [dataclasses.asdict(xen.domain_info(domid)) for domid in select_domains(xen, sources)]
+    return {"host": dataclasses.asdict(xen.facts), "counters": counters, "domains": domains}
 
 
 def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:

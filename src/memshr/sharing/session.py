@@ -330,17 +330,14 @@ class _GroupSession:
     # -- the steps that every page takes -----------------------------------------------------------------------------
 
     def _nominate(self, pages: PageArray) -> _Nominated:
-        if self._oldest_fresh is not None:  # counters may be dear: they are asked until the first new handle is known
-            handles, statuses = self._hypervisor.nominate_gfns(pages)
-            good = statuses == Status.OK
-            handles = handles[good]
-        else:
-            used_before = self._hypervisor.counters().used_frames
-            handles, statuses = self._hypervisor.nominate_gfns(pages)
+        unknown = self._oldest_fresh is None  # counting can cost more than nominating
+        used_before = self._hypervisor.counters().used_frames if unknown else 0
+        handles, statuses = self._hypervisor.nominate_gfns(pages)
+        good = statuses == Status.OK
+        handles = handles[good]
+        if unknown and len(handles):
             new_frames = self._hypervisor.counters().used_frames - used_before
-            good = statuses == Status.OK
-            handles = handles[good]
-            if new_frames > 0 and len(handles):
+            if new_frames > 0:
                 self._oldest_fresh = int(np.unique(handles)[-new_frames:][0])
         fresh = np.zeros(len(handles), np.bool_) if self._oldest_fresh is None else handles >= self._oldest_fresh
         self._drop_by_status(pages, statuses, _REASONS)
