@@ -89,7 +89,7 @@ def story(guests: Sequence[LinuxGuest]) -> None:
     memshr("status", *sources)
 
     tell("Does what memshr believes agree with what the kernel says of each page?")
-    memshr("audit", *sources, "--group", "all")
+    memshr("audit", *sources)
 
     tell("One guest gets all its own pages back; the others go on sharing.")
     memshr("unshare", f"qemu:{wiki.name}")

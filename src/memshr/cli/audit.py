@@ -10,6 +10,7 @@ import numpy as np
 from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_xen, select_guests
 from memshr.cli.options import print_json, sharing_options
 from memshr.cli.session import run_session
+from memshr.cli.share import group_names
 from memshr.embedded import EmbeddedHypervisor
 from memshr.images import open_image
 from memshr.types import PAGE_SIZE, AuditReport, Counters, DomId, Gfn
@@ -25,7 +26,8 @@ def audit(
     """Prove that sharing was safe: check every book, and every page against its image.
 
     Of running guests (qemu:all, qemu:NAME) what the kernel says of each page is checked: every shared page lies on a
-    frame of its own group's pool, every frame is read by somebody, and holds what it held when it was shared.
+    frame of its own group's pool, every frame is read by somebody, and holds what it held when it was shared. Without
+    --group the trust groups are those under which the guests share now.
 
     Of a Xen host (xen:) it is Xen's own audit, where that is built in, and a cross-check of ours.
 
@@ -39,7 +41,11 @@ def audit(
             _tell(xen.audit(), xen.counters(), as_json=as_json)
         return
     if kind is SourceKind.QEMU:
-        with open_guests(select_guests(sources)) as live:
+        from memshr.qemu.status import groups_in_force  # noqa: PLC0415  # only where there are guests
+
+        found = select_guests(sources)
+        in_force = groups_in_force(found)
+        with open_guests(found, groups=lambda domains: group_names(groups, domains) if groups else in_force) as live:
             _tell(live.audit(), live.counters(), as_json=as_json)
         return
     with open_images(sources, format=image_format) as hypervisor:
