@@ -449,7 +449,7 @@ def die_with_a_slow_table(guest: QtestGuest) -> None:
         "hypervisor = QemuHypervisor([inspect_process(int(sys.argv[1]))])\n"
         f"hypervisor.nominate_gfn(1, {FIRST_GFN})\n"
         "opened = hypervisor._guests[0]\n"
-        "hypervisor._hand_over_pools(opened)\n"
+        "hypervisor._hand_over_pools([opened])\n"
         f"(row,) = opened.pages_of_gfns(np.array([{FIRST_GFN}]))\n"
         "(frame,) = hypervisor._new_frames(np.array([row]))\n"
         "pool = hypervisor._pools[int(frame) >> 32].pool\n"

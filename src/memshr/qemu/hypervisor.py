@@ -174,6 +174,7 @@ class QemuHypervisor:
             self._handle = np.zeros(total, dtype=np.uint64)
             self._next_handle = _FIRST_HANDLE
             self._enabled = [False] * len(self._guests)
+            self._chosen_pool: dict[str, int] = {}
             self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
             self._weights += np.uint64(1)
             self._buffer = np.empty((512, PAGE_SIZE), dtype=np.uint8)
@@ -604,8 +605,8 @@ class QemuHypervisor:
             except MemshrError:
                 statuses[rows[sources.domids[rows] == domid]] = Status.EXDEV
         rows = rows[statuses[rows] == Status.OK]
-        for domid in np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist():
-            self._hand_over_pools(self._guests[domid - 1])
+        named = np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist()
+        self._hand_over_pools([self._guests[domid - 1] for domid in named])
         while len(rows):
             some = rows[: self._few_enough(source_ids[rows], client_ids[rows])]  # all that is in flight at once
             some = some[: self._independent(source_ids[some], client_ids[some])]
@@ -749,7 +750,7 @@ class QemuHypervisor:
         for guest, rows in self._by_guest(sources):
             contents = np.empty((len(rows), PAGE_SIZE), dtype=np.uint8)
             guest.read_scattered(self._local(guest, sources[rows]), contents)
-            number = self._pool_for(self._groups[guest.domid - 1])
+            number = self._chosen_pool[self._groups[guest.domid - 1]]
             books = self._pools[number]
             first = books.pool.add(contents)
             frames[rows] = (number << _POOL_SHIFT) + first + np.arange(len(rows))
@@ -757,21 +758,24 @@ class QemuHypervisor:
             books.sums[first : first + len(rows)] = self._sums(contents)
         return frames
 
-    def _hand_over_pools(self, guest: Attachment) -> None:
+    def _hand_over_pools(self, guests: Sequence[Attachment]) -> None:
         # Before anything is in flight: this needs QEMU's main thread, which may itself come to wait for such a page.
-        group = self._groups[guest.domid - 1]
-        if not any(self._whole(books) for books in self._pools if books.pool.group == group):
-            # Perhaps for want of a session with a guest of ours that reads the group's pool.
-            for other in self._guests:
-                with contextlib.suppress(MemshrError):
-                    self._settle_books(other)
-        self._pool_for(group)
-        for books in self._pools:
-            if books.pool.group == group and not guest.dead:
-                try:
-                    guest.pool_number(books.pool)
-                except (NoSuchDomainError, ConnectionLostError) as error:
-                    self._note_end(guest, error)
+        # And first for all of them: which pool new frames go to is decided once, and every guest gets that one.
+        groups = {self._groups[guest.domid - 1] for guest in guests}
+        for group in groups:
+            if not any(self._whole(books) for books in self._pools if books.pool.group == group):
+                # Perhaps for want of a session with a guest of ours that reads the group's pool.
+                for other in self._guests:
+                    with contextlib.suppress(MemshrError):
+                        self._settle_books(other)
+            self._chosen_pool[group] = self._pool_for(group)
+        for guest in guests:
+            for books in self._pools:
+                if books.pool.group == self._groups[guest.domid - 1] and not guest.dead:
+                    try:
+                        guest.pool_number(books.pool)
+                    except (NoSuchDomainError, ConnectionLostError) as error:
+                        self._note_end(guest, error)
 
     def _pool_for(self, group: str) -> int:
         for number, books in enumerate(self._pools):
