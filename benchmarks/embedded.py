@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from memshr.embedded import EmbeddedHypervisor
-from memshr.types import PAGE_SIZE, DomId, Extent, Gfn, PageArray
+from memshr.errors import PageError
+from memshr.types import PAGE_SIZE, DomId, Extent, Gfn, Handle, PageArray
 
 MIB_PAGES = (1 << 20) // PAGE_SIZE
 
@@ -123,4 +124,61 @@ def audit() -> None:
         print(f"audit of {pages:,} shared gfns, {sharers:,} on a frame: {_seconds(hypervisor.audit):.2f} s")
 
 
-BENCHES = (many_page_calls, one_page_calls, metadata, audit)
+def merge_groups() -> None:
+    """Two groups put on one frame, by the size of each: the p2m entries of the client's group have to change."""
+    for source_pages, client_pages in ((1, 100_000), (100_000, 1), (10_000, 10_000), (100_000, 100_000)):
+        hypervisor = EmbeddedHypervisor()
+        domid = hypervisor.create_domain("A", source_pages + client_pages)
+        pages = PageArray.of_domain(domid, np.arange(source_pages + client_pages))
+        handles, _ = hypervisor.nominate_gfns(pages)
+        for first, count in ((0, source_pages), (source_pages, client_pages)):
+            rows, source = np.arange(first + 1, first + count), np.full(count - 1, first)
+            hypervisor.share_gfns_many(pages[source], handles[source], pages[rows], handles[rows])
+        client = Gfn(source_pages)
+        start = time.perf_counter()
+        hypervisor.share_gfns(domid, Gfn(0), Handle(handles.item(0)), domid, client, Handle(handles.item(client)))
+        merge_s = time.perf_counter() - start
+        assert hypervisor.debug_gfn(domid, client) == source_pages + client_pages
+        print(f"{client_pages:>8,} gfns onto the frame of {source_pages:>8,}: {merge_s * 1000:>8.2f} ms")
+
+
+def random_walk() -> None:
+    """A million calls on eight domains of 4,096 pages, with an audit every 10,000."""
+    calls, audit_every, domains, pages = 1_000_000, 10_000, 8, 4096
+    hypervisor = EmbeddedHypervisor()
+    domids = [hypervisor.create_domain(f"d{i}", pages) for i in range(domains)]
+    rng = np.random.default_rng(1)
+    kinds = rng.choice(5, calls, p=(0.35, 0.25, 0.25, 0.1, 0.05)).tolist()
+    picks = [[DomId(domid) for domid in rng.choice(domids, calls).tolist()] for _ in range(2)]
+    places = [[Gfn(gfn) for gfn in rng.integers(0, pages, calls).tolist()] for _ in range(2)]
+    handles: list[tuple[DomId, Gfn, Handle]] = []
+    audit_s = 0.0
+    refused = 0
+    start = time.perf_counter()
+    for call, (kind, domid, other, gfn, place) in enumerate(zip(kinds, *picks, *places, strict=True)):
+        try:
+            if kind == 0:
+                handles.append((domid, gfn, hypervisor.nominate_gfn(domid, gfn)))
+            elif kind == 1 and len(handles) > 1:
+                hypervisor.share_gfns(*handles.pop(gfn % len(handles)), *handles.pop(place % len(handles)))
+            elif kind == 2:
+                hypervisor.write(domid, gfn, b"x")
+            elif kind == 3:
+                hypervisor.read(other, place)
+            else:
+                hypervisor.debug_gfn(other, place)
+        except PageError:
+            refused += 1
+        if call % audit_every == audit_every - 1:
+            before = time.perf_counter()
+            assert hypervisor.audit().clean
+            audit_s += time.perf_counter() - before
+    walk_s = time.perf_counter() - start
+    counters = hypervisor.counters()
+    print(
+        f"{calls:,} calls in {walk_s:.1f} s, of which {calls // audit_every} audits {audit_s:.1f} s;"
+        f" {refused:,} refused; at the end {counters.used_frames:,} shared frames, {counters.freed_pages:,} pages freed"
+    )
+
+
+BENCHES = (many_page_calls, one_page_calls, merge_groups, random_walk, metadata, audit)

@@ -130,7 +130,10 @@ class MemSharing:
         return self.frames.open(mfn, pid)
 
     def share(self, source_pid: int, source_handle: int, client_pid: int, client_handle: int) -> int:
-        """Put the client's frame's sharers on the source's frame; a status. Cost: linear in the client's sharers."""
+        """Put the client's frame's sharers on the source's frame; a status.
+
+        Cost: linear in the sharers of the smaller group, or of the client's while one of the frames is held.
+        """
         source, client = self.entries.get(source_pid), self.entries.get(client_pid)
         source_mfn, client_mfn = source >> TYPE_BITS, client >> TYPE_BITS
         same_frame = source_mfn == client_mfn and _GRANT not in (source & TYPE_MASK, client & TYPE_MASK)
@@ -146,6 +149,14 @@ class MemSharing:
             return Status.S_HANDLE_INVALID
         if not client_shared or frames.handle.item(client_slot) != client_handle:
             return Status.C_HANDLE_INVALID
+        held = self.memory.extra_refs
+        larger_moves = frames.count.item(client_slot) > frames.count.item(source_slot)
+        if larger_moves and source_mfn not in held and client_mfn not in held:
+            # Nobody can tell which of two frames stays. So the larger group does, with the source's bytes and handle.
+            self.memory.copy(source_mfn, client_mfn)
+            frames.handle[client_slot] = source_handle
+            source_slot, client_slot = client_slot, source_slot
+            source, client_pid, client_mfn = client, source_pid, source_mfn
         if frames.count.item(client_slot) == 1:
             self.entries.set(client_pid, source)
         else:
@@ -402,8 +413,6 @@ class MemSharing:
                 source_pids.item(row), source_handles.item(row), client_pids.item(row), client_handles.item(row)
             )
         single = joins & (frames.count[client_slots] == 1)
-        for row in np.flatnonzero(joins & ~single).tolist():
-            self.share(source_pids.item(row), source_handles.item(row), client_pids.item(row), client_handles.item(row))
         if single.any():
             self.entries.scatter(Spots(client_pids[single]), sources[single])
             frames.join_singles(source_slots[single], client_slots[single])
@@ -411,6 +420,8 @@ class MemSharing:
             joined = int(np.count_nonzero(single))
             self.freed_pages += joined
             self.used_frames -= joined
+        for row in np.flatnonzero(joins & ~single).tolist():
+            self.share(source_pids.item(row), source_handles.item(row), client_pids.item(row), client_handles.item(row))
         return statuses
 
     def _slots_of(self, values: NDArray[np.int64]) -> Slots:

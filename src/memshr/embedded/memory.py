@@ -188,5 +188,7 @@ class MachineMemory:
                 out[np.flatnonzero(here) if rows is None else rows[here]] = bank.pages[indices]
 
     def copy(self, source_mfn: int, client_mfn: int) -> None:
-        """Copy one frame to another."""
-        self.page(client_mfn)[:] = self.page(source_mfn)
+        """Copy one frame to another. An image's page that is equal already is not touched: that would cost memory."""
+        source, client = self.page(source_mfn), self.page(client_mfn)
+        if self._bank_of_chunk[client_mfn >> CHUNK_BITS].ram or not np.array_equal(source, client):
+            client[:] = source
