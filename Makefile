@@ -22,6 +22,11 @@ live-demo: setup
 test: setup
 	@$(BIN)/python -m pytest
 
+# The long form of the kill test: make soak KILLS=100 for a shorter one.
+KILLS ?= 1000
+soak: setup
+	@PYTHONPATH=tests $(BIN)/python -m live.kill_campaign $(KILLS)
+
 check: setup
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
