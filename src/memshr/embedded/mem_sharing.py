@@ -208,7 +208,8 @@ class MemSharing:
             domain.shr_pages -= 1
             own = mfn
         else:
-            fresh = self.memory.allocate(domain.domid) if domain.tot_pages < domain.max_pages else None
+            room = domain.tot_pages < domain.max_pages
+            fresh = self.memory.allocate(domain.domid, overwritten=True) if room else None
             if fresh is None:
                 if kind == _SHARED and domain.ring_mfn is not None:
                     domain.ring_events.append(gfn)
