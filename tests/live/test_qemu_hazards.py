@@ -118,6 +118,25 @@ def test_write_to_a_nominated_page_that_was_never_touched(host: QtestHost) -> No
 
 
 @pytest.mark.usefixtures("any_kernel")
+def test_write_to_an_empty_page_just_before_its_neighbours_are_copied_back(
+    host: QtestHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole pieces of RAM are copied back; which pages of them are empty is known only when no write can come."""
+    for guest in host.guests:
+        fill(guest, page(1), 2)
+    assert not share(host, run_of(FIRST, 2), run_of(SECOND, 2)).any()
+    attachment = host.hypervisor._guests[SECOND - 1]
+    protect = attachment.protect
+
+    def write_first(pages: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        host.write(SECOND, Gfn(FIRST_GFN + 100), b"late")
+        protect(pages)
+
+    monkeypatch.setattr(attachment, "protect", write_first)
+    assert host.hypervisor.unshare_guest(SECOND) == 2
+    assert host.read(SECOND, Gfn(FIRST_GFN + 100))[:4] == b"late"
+
+
 def test_zero_page_that_was_copied_from_a_frame(host: QtestHost) -> None:
     """Dropping such a page would bring the frame back: it needs a mapping of its own."""
     for guest in host.guests:

@@ -597,6 +597,7 @@ class QemuHypervisor:
         groups = np.array(["", *self._groups])
         rows = np.flatnonzero((source_ids >= 0) & (client_ids >= 0) & (statuses == Status.OK))
         apart = groups[sources.domids[rows]] != groups[clients.domids[rows]]
+        apart |= self._on_foreign_frame(source_ids[rows]) | self._on_foreign_frame(client_ids[rows])
         statuses[rows[apart]] = Status.EXDEV
         rows = rows[~apart]
         for domid in np.unique(sources.domids[rows]).tolist():
@@ -613,6 +614,17 @@ class QemuHypervisor:
             statuses[some] = self._share(source_ids[some], source_handles[some], client_ids[some], client_handles[some])
             rows = rows[len(some) :]
         return statuses
+
+    def _on_foreign_frame(self, ids: Ids) -> NDArray[np.bool_]:
+        # Which pages are on frames of a group that their guest is not in (any more): these get no new sharers.
+        frames = self._frame[ids]
+        pools = np.where(frames == _NOWHERE, len(self._pools), frames >> _POOL_SHIFT)
+        guests = np.searchsorted(self._base, ids, side="right") - 1
+        groups = np.array([*(books.pool.group for books in self._pools), ""])
+        foreign = np.asarray((frames != _NOWHERE) & (groups[pools] != np.array(self._groups)[guests]))
+        some = np.flatnonzero(foreign)
+        foreign[some] = self._on_frame(ids[some])
+        return foreign
 
     def _few_enough(self, sources: Ids, clients: Ids) -> int:
         # How many rows from the first on may be in flight at once: more if they are long runs, which remap sooner.
@@ -859,7 +871,7 @@ class QemuHypervisor:
             self._settle_books(guest)
         self._take_back(good)
         shared = good[self._on_frame(good)]
-        self._make_private(shared, np.ones(len(shared), dtype=np.bool_))
+        self._make_private(shared)
         left = shared[self._frame[shared] != _NOWHERE]
         left = left[self._on_frame(left)]
         statuses[np.isin(ids, left)] = Status.ENOMEM
@@ -874,7 +886,7 @@ class QemuHypervisor:
             if not guest.dead:
                 guest.unprotect(self._local(guest, nominated[rows]))
 
-    def _make_private(self, ids: Ids, filled: NDArray[np.bool_]) -> None:
+    def _make_private(self, ids: Ids) -> None:
         """Give pages (ascending, distinct, not nominated) anonymous memory of their own, and unread frames back to
         the host. Stops where the host has no memory left; what was done shows in ``_frame``."""
         frames = np.unique(self._frame[ids])
@@ -883,25 +895,28 @@ class QemuHypervisor:
                 self.control(guest.domid, True)
             for start in range(0, len(rows), BATCH_PAGES):
                 some = rows[start : start + BATCH_PAGES]
-                if not self._move(guest, ids[some], filled[some]):
+                if not self._move(guest, ids[some]):
                     break
         self._punch_unread(frames[frames != _NOWHERE])
 
-    def _move(self, guest: Attachment, ids: Ids, filled: NDArray[np.bool_]) -> bool:
+    def _move(self, guest: Attachment, ids: Ids) -> bool:
         # One table's worth; returns whether to go on.
         if pagemap.host_available_bytes() - len(ids) * PAGE_SIZE < self._reserve_bytes:
             return False
         # A disk request that is under way would go on writing into the page that is replaced.
         with guest.stopped() if guest.must_drain else contextlib.nullcontext():
-            return self._move_at_once(guest, ids, filled)
+            return self._move_at_once(guest, ids)
 
-    def _move_at_once(self, guest: Attachment, ids: Ids, filled: NDArray[np.bool_]) -> bool:
+    def _move_at_once(self, guest: Attachment, ids: Ids) -> bool:
         local = self._local(guest, ids)
         moved = 0
         with self._lock:
             self._phase[ids] = _IN_FLIGHT
         try:
             guest.protect(local)
+            # Not before: a guest may write to a page that was empty, and what it wrote would not be copied.
+            entries = guest.entries(local)
+            filled = (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries)) | guest.in_pool[local]
             moved = guest.make_private(local, filled)
         except HostMemoryError:
             return False
@@ -978,7 +993,7 @@ class QemuHypervisor:
             with self._lock:
                 copied = copied[self._phase[copied] == _PLAIN]
             if len(copied) and (domid is not None or self._enabled[guest.domid - 1]):
-                self._make_private(copied, np.ones(len(copied), dtype=np.bool_))
+                self._make_private(copied)
         return self.punch_unread()
 
     def punch_unread(self) -> int:
@@ -1053,9 +1068,7 @@ class QemuHypervisor:
             )
         frames = np.unique(self._frame[base + in_pool])
         for window in self._windows(guest, in_pool):
-            entries = guest.entries(window)
-            filled = (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries)) | guest.in_pool[window]
-            if not self._move(guest, base + window, filled):
+            if not self._move(guest, base + window):
                 break
         self._punch_unread(frames)
         if guest.in_pool.any():
