@@ -1,0 +1,102 @@
+"""Whole sharing sessions on running Linux guests: the policy and the mechanism together, as memshr share runs them.
+
+The fixtures fail a test after which a guest has found a mismatch in its memory, or does not go on.
+"""
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from guests.linux import LinuxGuest
+from guests.pages import backed_pages, count_pages
+from memshr.procfs import parse_maps
+from memshr.qemu.guests import inspect_process
+from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.sharing.fingerprint import SEED_BITS
+from memshr.sharing.groups import trust_groups
+from memshr.sharing.report import SharingReport
+from memshr.sharing.session import share
+
+MOST_PAGES_OUTSIDE = 2000
+
+Pair = tuple[LinuxGuest, LinuxGuest]
+
+
+@contextmanager
+def opened(guests: Sequence[LinuxGuest], groups: Mapping[str, Sequence[str]]) -> Iterator[QemuHypervisor]:
+    """The guests under the mechanism; at the end they are as before."""
+    processes = [process for guest in guests if (process := inspect_process(guest.pid)) is not None]
+    with QemuHypervisor(processes, groups=groups) as hypervisor:
+        yield hypervisor
+        for domain in hypervisor.domains():
+            hypervisor.detach(domain.domid)
+
+
+def run(hypervisor: QemuHypervisor, groups: Mapping[str, Sequence[str]]) -> SharingReport:
+    """One session."""
+    specs = [f"{name}={','.join(members)}" for name, members in groups.items()]
+    trusted = trust_groups(hypervisor.domains(), specs, lambda: secrets.randbits(SEED_BITS))
+    report = share(hypervisor, trusted, wait=time.sleep)
+    assert not report.audit_findings
+    assert report.stopped is None
+    return report
+
+
+def pool_inodes(guest: LinuxGuest) -> set[int]:
+    """The frame pools that a guest's QEMU has mapped, as the kernel says."""
+    maps = Path(f"/proc/{guest.pid}/maps").read_text()
+    return {each.inode for each in parse_maps(maps) if each.path.startswith("/memfd:memshr-pool:")}
+
+
+def test_a_session_saves_what_an_exact_count_says(guest_pair: Pair) -> None:
+    groups = {"all": [guest.name for guest in guest_pair]}
+    for guest in guest_pair:
+        guest.pause()
+    exact = count_pages([backed_pages(guest.pid) for guest in guest_pair])
+    with opened(guest_pair, groups) as hypervisor:
+        report = run(hypervisor, groups)
+        # The count has QEMU's copies of firmware and tables besides the guests' RAM: small, and most of it zeros.
+        outside = exact.total_pages - (report.total_pages - report.absent_pages)
+        assert 0 <= outside < MOST_PAGES_OUTSIDE
+        found = report.saved_pages + report.dropped.get("max_sharers", 0)
+        assert exact.saved_pages - outside <= found <= exact.saved_pages
+        assert exact.zero_pages - outside <= report.zero_pages <= exact.zero_pages
+        again = run(hypervisor, groups)
+        assert again.counters == report.counters
+        assert again.zero_pages == 0
+        for guest in guest_pair:
+            guest.resume()
+        for guest in guest_pair:
+            guest.wait_rounds(1, ("files", "checker"))
+        hypervisor.fold_back()
+        assert run(hypervisor, groups).shared_pages > 0
+
+
+def test_frames_of_a_group_that_was_dissolved_take_no_new_sharers(guest_pair: Pair) -> None:
+    """The guests shared, then their operator sets them apart: what is shared stays, and nothing is added to it."""
+    together = {"all": [guest.name for guest in guest_pair]}
+    apart = {"red": [guest_pair[0].name], "blue": [guest_pair[1].name]}
+    processes = [process for guest in guest_pair if (process := inspect_process(guest.pid)) is not None]
+    with QemuHypervisor(processes, groups=together) as hypervisor:
+        run(hypervisor, together)
+        before = {each.group: each.sharing_pages for each in hypervisor.pool_figures()}
+    with opened(guest_pair, apart) as hypervisor:
+        specs = [f"{name}={member}" for name, (member,) in apart.items()]
+        trusted = trust_groups(hypervisor.domains(), specs, lambda: secrets.randbits(SEED_BITS))
+        report = share(hypervisor, trusted, wait=time.sleep)
+        assert {finding.invariant for finding in report.audit_findings} == {"I10"}
+        after = {each.group: each.sharing_pages for each in hypervisor.pool_figures()}
+        assert after["all"] <= before["all"]
+
+
+def test_pages_of_two_trust_groups_never_meet(guest_pair: Pair) -> None:
+    alpha, beta = guest_pair
+    groups = {"red": [alpha.name], "blue": [beta.name]}
+    with opened(guest_pair, groups) as hypervisor:
+        report = run(hypervisor, groups)
+        assert report.inter_pages == 0
+        assert all(domain.intra_pages > 0 for domain in report.domains)
+        assert len(pool_inodes(alpha)) == len(pool_inodes(beta)) == 1
+        assert not pool_inodes(alpha) & pool_inodes(beta)
