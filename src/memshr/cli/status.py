@@ -50,6 +50,9 @@ def status(guests: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json([_plain(each) for each in found])
         return
+    if not found:
+        click.echo("No QEMU guest runs on this host.")
+        return
     _console().print(_table(found, {}))
     for each in found:
         for refusal in each.refusals:
@@ -152,19 +155,10 @@ def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:
     from memshr.qemu.pagemap import host_available_bytes  # noqa: PLC0415  # only where there are guests
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    for column in ("guest", "shares in"):
-        table.add_column(column)
-    for column in (
-        "pid",
-        "state",
-        "RAM MiB",
-        "sharing MiB",
-        "frames MiB",
-        "written again",
-        "a second",
-        "may be touched",
-    ):
-        table.add_column(column, justify="right")
+    for column in ("guest", "group"):
+        table.add_column(column, overflow="fold")
+    for column in ("pid", "state", "RAM", "sharing", "frames", "copied", "copied/s", "sharable"):
+        table.add_column(column, justify="right", no_wrap=True)
     for each in found:
         rate = rates.get(each.process.pid)
         table.add_row(
@@ -179,7 +173,10 @@ def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:
             "" if rate is None else f"{rate:,.0f}",
             "no" if each.refusals else "yes",
         )
-    table.caption = f"Host: {host_available_bytes() / 2**20:,.0f} MiB available."
+    table.caption = (
+        f"MiB of RAM, of it shared, and of the frames that it reads; copied: pages written since they were shared.\n"
+        f"Host: {host_available_bytes() / 2**20:,.0f} MiB available."
+    )
     return table
 
 
