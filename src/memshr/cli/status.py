@@ -154,10 +154,10 @@ def _plain_xen(xen: XenHypervisor, sources: Sequence[str]) -> dict[str, object]:
 def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:
     from memshr.qemu.pagemap import host_available_bytes  # noqa: PLC0415  # only where there are guests
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), caption_justify="left")
     for column in ("guest", "group"):
-        table.add_column(column, overflow="fold")
-    for column in ("pid", "state", "RAM", "sharing", "frames", "copied", "copied/s", "sharable"):
+        table.add_column(column, overflow="fold", min_width=10 if column == "guest" else 5)
+    for column in ("pid", "state", "RAM", "shared", "frames", "copied", "/s", "ok"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in found:
         rate = rates.get(each.process.pid)
@@ -174,7 +174,8 @@ def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:
             "no" if each.refusals else "yes",
         )
     table.caption = (
-        f"MiB of RAM, of it shared, and of the frames that it reads; copied: pages written since they were shared.\n"
+        "MiB of RAM, of it shared, and of the frames that it reads; copied: pages\n"
+        "written since they were shared; ok: memshr may touch it.\n"
         f"Host: {host_available_bytes() / 2**20:,.0f} MiB available."
     )
     return table
