@@ -93,6 +93,39 @@ def test_a_grant_table_takes_the_place_of_ram(kind: P2mType) -> None:
     assert_clean(hypervisor)
 
 
+# -- groups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [None, "source", "client"])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_small_group_takes_in_a_large_one(held: str | None, at_once: bool) -> None:
+    hypervisor = EmbeddedHypervisor()
+    domid = hypervisor.create_domain("A", 8)
+    for gfn in map(Gfn, range(8)):
+        hypervisor.write(domid, gfn, b"source" if gfn < 2 else b"client")
+    handles = [hypervisor.nominate_gfn(domid, Gfn(gfn)) for gfn in range(8)]
+    for gfn in map(Gfn, range(3, 7)):
+        hypervisor.share_gfns(domid, Gfn(2), handles[2], domid, gfn, handles[gfn])
+    mapping = None
+    if held:
+        mapping = hypervisor.map_foreign(domid, Gfn(0 if held == "source" else 2), writable=False)
+    if at_once:
+        pages = [PageArray.of_domain(domid, np.array(gfns)) for gfns in ((0, 0, 0), (4, 1, 7))]
+        sources, clients = np.array([handles[0]] * 3), np.array([handles[2], handles[1], handles[7]])
+        statuses = hypervisor.share_gfns_many(pages[0], sources, pages[1], clients)
+        assert statuses.tolist() == [0, 0, 0]
+    else:
+        for gfn in map(Gfn, (4, 1, 7)):
+            hypervisor.share_gfns(domid, Gfn(0), handles[0], domid, gfn, hypervisor.nominate_gfn(domid, gfn))
+    assert {hypervisor.read(domid, Gfn(gfn))[:6] for gfn in range(8)} == {b"source"}
+    assert {hypervisor.nominate_gfn(domid, Gfn(gfn)) for gfn in range(8)} == {handles[0]}
+    assert_clean(hypervisor)
+    if mapping is not None:
+        assert mapping.read()[:6] == (b"source" if held == "source" else b"client")
+        mapping.close()
+        assert_clean(hypervisor)
+
+
 # -- rings -----------------------------------------------------------------------------------------------------------
 
 

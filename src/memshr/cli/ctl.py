@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import sys
@@ -13,7 +12,7 @@ import click
 
 from memshr.backends import open_host
 from memshr.cli.options import as_json
-from memshr.errors import MemshrError
+from memshr.errors import MemshrError, Status
 from memshr.hypervisor import Hypervisor
 from memshr.replay import OPERATIONS, Answer, Operations, ScriptError, parse_line
 
@@ -164,4 +163,5 @@ def _as_text(answer: Answer) -> str:
 def _error_name(answer: Answer) -> str:
     if answer.handle_error is not None:
         return {-9: "client handle invalid", -10: "source handle invalid"}[answer.handle_error]
-    return errno.errorcode.get(answer.errno, str(answer.errno))
+    # Not errno.errorcode: it calls Xen's EOPNOTSUPP by its other name.
+    return Status(answer.status).name if answer.status in list(Status) else str(answer.errno)

@@ -130,7 +130,10 @@ class MemSharing:
         return self.frames.open(mfn, pid)
 
     def share(self, source_pid: int, source_handle: int, client_pid: int, client_handle: int) -> int:
-        """Put the client's frame's sharers on the source's frame; a status. Cost: linear in the client's sharers."""
+        """Put the client's frame's sharers on the source's frame; a status.
+
+        Cost: linear in the sharers of the smaller group, or of the client's while one of the frames is held.
+        """
         source, client = self.entries.get(source_pid), self.entries.get(client_pid)
         source_mfn, client_mfn = source >> TYPE_BITS, client >> TYPE_BITS
         same_frame = source_mfn == client_mfn and _GRANT not in (source & TYPE_MASK, client & TYPE_MASK)
@@ -146,6 +149,14 @@ class MemSharing:
             return Status.S_HANDLE_INVALID
         if not client_shared or frames.handle.item(client_slot) != client_handle:
             return Status.C_HANDLE_INVALID
+        held = self.memory.extra_refs
+        larger_moves = frames.count.item(client_slot) > frames.count.item(source_slot)
+        if larger_moves and source_mfn not in held and client_mfn not in held:
+            # Nobody can tell which of two frames stays. So the larger group does, with the source's bytes and handle.
+            self.memory.copy(source_mfn, client_mfn)
+            frames.handle[client_slot] = source_handle
+            source_slot, client_slot = client_slot, source_slot
+            source, client_pid, client_mfn = client, source_pid, source_mfn
         if frames.count.item(client_slot) == 1:
             self.entries.set(client_pid, source)
         else:
@@ -197,7 +208,8 @@ class MemSharing:
             domain.shr_pages -= 1
             own = mfn
         else:
-            fresh = self.memory.allocate(domain.domid) if domain.tot_pages < domain.max_pages else None
+            room = domain.tot_pages < domain.max_pages
+            fresh = self.memory.allocate(domain.domid, overwritten=True) if room else None
             if fresh is None:
                 if kind == _SHARED and domain.ring_mfn is not None:
                     domain.ring_events.append(gfn)
@@ -351,18 +363,21 @@ class MemSharing:
             return handles, statuses
         rows = np.flatnonzero(fresh)
         fresh_pids = pids if len(rows) == len(pids) else pids[rows]
+        fresh_spots = spots if len(rows) == len(pids) else Spots(fresh_pids)
         inverse: NDArray[np.intp] | None = None
-        if not (fresh_pids[1:] > fresh_pids[:-1]).all():
+        # Pages that are on no ring yet have room for a mark: of a page that comes twice one row's mark is lost.
+        frames.next.scatter(fresh_spots, rows)
+        if (frames.next.gather(fresh_spots) != rows).any():
             _, first, inverse = np.unique(fresh_pids, return_index=True, return_inverse=True)
             rank = np.empty(len(first), np.intp)
             rank[np.argsort(first)] = np.arange(len(first))
             inverse = rank[inverse]
             kept = rows[np.sort(first)]
             fresh_pids = pids[kept]
+            fresh_spots = Spots(fresh_pids)
         else:
             kept = rows
         fresh_mfns = mfns[kept]
-        fresh_spots = spots if len(kept) == len(pids) else Spots(fresh_pids)
         self.memory.owner.scatter(Spots(fresh_mfns), DOMID_COW)
         self.entries.scatter(fresh_spots, fresh_mfns << TYPE_BITS | _SHARED)
         given = frames.open_many(fresh_mfns, fresh_pids, fresh_spots)
@@ -380,7 +395,8 @@ class MemSharing:
         another row, the order matters and the rows are taken one by one.
         """
         frames = self.frames
-        sources, clients = self.entries.gather(Spots(source_pids)), self.entries.gather(Spots(client_pids))
+        client_spots = Spots(client_pids)
+        sources, clients = self.entries.gather(Spots(source_pids)), self.entries.gather(client_spots)
         source_slots = self._slots_of(sources)
         client_slots = self._slots_of(clients)
         different = (sources >> TYPE_BITS != clients >> TYPE_BITS) | (sources == _GRANT) | (clients == _GRANT)
@@ -402,15 +418,15 @@ class MemSharing:
                 source_pids.item(row), source_handles.item(row), client_pids.item(row), client_handles.item(row)
             )
         single = joins & (frames.count[client_slots] == 1)
-        for row in np.flatnonzero(joins & ~single).tolist():
-            self.share(source_pids.item(row), source_handles.item(row), client_pids.item(row), client_handles.item(row))
         if single.any():
-            self.entries.scatter(Spots(client_pids[single]), sources[single])
+            self.entries.scatter(client_spots if single.all() else Spots(client_pids[single]), sources[single])
             frames.join_singles(source_slots[single], client_slots[single])
             self.memory.free_many(clients[single] >> TYPE_BITS)
             joined = int(np.count_nonzero(single))
             self.freed_pages += joined
             self.used_frames -= joined
+        for row in np.flatnonzero(joins & ~single).tolist():
+            self.share(source_pids.item(row), source_handles.item(row), client_pids.item(row), client_handles.item(row))
         return statuses
 
     def _slots_of(self, values: NDArray[np.int64]) -> Slots:

@@ -101,8 +101,10 @@ class MachineMemory:
             bank.pages[:] = self._scrub_byte
         return bank.first_mfn
 
-    def allocate(self, owner: int) -> int | None:
+    def allocate(self, owner: int, *, overwritten: bool = False) -> int | None:
         """A frame of RAM for ``owner``; None if the machine has none left.
+
+        :param overwritten: the caller fills all of it at once, so it need not be scrubbed before.
 
         As in Xen, a frame that a living domain gave back is handed out as it is, contents and all, and last in comes
         first out; fresh frames, those of dead domains and those that were shared hold the scrub byte.
@@ -115,7 +117,7 @@ class MachineMemory:
             self._free.extend(mfn << 1 | (_SCRUB if self._scrub_byte else 0) for mfn in fresh)
         free = self._free.pop()
         mfn = free >> 1
-        if free & _SCRUB:
+        if free & _SCRUB and not overwritten:
             self.page(mfn)[:] = self._scrub_byte
         self.allocated_pages += 1
         self.owner.set(mfn, owner)
@@ -188,5 +190,7 @@ class MachineMemory:
                 out[np.flatnonzero(here) if rows is None else rows[here]] = bank.pages[indices]
 
     def copy(self, source_mfn: int, client_mfn: int) -> None:
-        """Copy one frame to another."""
-        self.page(client_mfn)[:] = self.page(source_mfn)
+        """Copy one frame to another. An image's page that is equal already is not touched: that would cost memory."""
+        source, client = self.page(source_mfn), self.page(client_mfn)
+        if self._bank_of_chunk[client_mfn >> CHUNK_BITS].ram or not np.array_equal(source, client):
+            client[:] = source

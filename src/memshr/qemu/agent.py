@@ -366,6 +366,18 @@ class ControlArea:
             self.memory.close()
 
 
+def is_in_session(pid: int) -> bool:
+    """Whether an agent in this QEMU is at work for some memshr, a living one or one that has died just now.
+
+    :raises OSError: the process is gone, or we may not look into it.
+    """
+    busy = False
+    for control in ControlArea.find_all(pid):
+        busy |= control.get(_SLOTS_AT, "<i")[0] != -1 or control.get(_OFFER_AT, "<i")[0] != -1
+        control.close()
+    return busy
+
+
 def install(pid: int, name: str, monitor: Monitor) -> ControlArea:
     """Put an agent into a QEMU that has none.
 

@@ -252,6 +252,17 @@ class Attachment:
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
+    @property
+    def has_agent(self) -> bool:
+        """Whether some memshr has been at work in it."""
+        try:
+            found = ControlArea.find_all(self.process.pid)
+        except OSError as error:
+            raise self._failed(error) from error
+        for control in found:
+            control.close()
+        return bool(found)
+
     def attach(self) -> None:
         """Find or install the agent, open a session, make all RAM one that can be write-protected.
 

@@ -49,9 +49,10 @@ from memshr.errors import (
 )
 from memshr.hypervisor import Capability, error_of
 from memshr.qemu import pagemap
+from memshr.qemu.agent import is_in_session
 from memshr.qemu.attachment import BATCH_ENTRIES, BATCH_PAGES, MOVED_PAGES, Attachment
 from memshr.qemu.guests import GuestProcess, find_guests
-from memshr.qemu.lock import GuestLock
+from memshr.qemu.lock import GuestLock, holder_of
 from memshr.qemu.pool import FramePool
 from memshr.qemu.protection import WriteWatch
 from memshr.types import (
@@ -116,10 +117,11 @@ class PoolFigures:
 class _PoolBooks:
     """A pool with what is known of each of its frames: its handle and the sum of its contents (0: none)."""
 
-    def __init__(self, pool: FramePool, *, whole: bool) -> None:
+    def __init__(self, pool: FramePool) -> None:
         self.pool = pool
-        self.whole = whole
-        """whether every process that has it mapped is a guest of ours: only then may frames be added or given back"""
+        self.whole = False
+        """see _whole, which judges; right for the guests in ``judged_for``"""
+        self.judged_for: frozenset[DomId] | None = None
         self.handles = np.zeros(0, dtype=np.uint64)
         self.sums = np.zeros(0, dtype=np.uint64)
         self.grow()
@@ -172,10 +174,10 @@ class QemuHypervisor:
             self._handle = np.zeros(total, dtype=np.uint64)
             self._next_handle = _FIRST_HANDLE
             self._enabled = [False] * len(self._guests)
+            self._chosen_pool: dict[str, int] = {}
             self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
             self._weights += np.uint64(1)
             self._buffer = np.empty((512, PAGE_SIZE), dtype=np.uint8)
-            self._primary: dict[str, int] = {}
             for guest in self._guests:
                 self._rebuild(guest)
             self._watch = WriteWatch(self._on_writes, self._on_end, self._on_failure)
@@ -241,9 +243,7 @@ class QemuHypervisor:
                     continue
                 number = len(self._pools)
                 known[pool.inode] = number
-                self._pools.append(_PoolBooks(pool, whole=self._sees_all(pool)))
-                if self._pools[number].whole:
-                    self._primary.setdefault(pool.group, number)
+                self._pools.append(_PoolBooks(pool))
             pages = guest.pages_of_hvas(mapped.hvas)
             inside = pages >= 0
             frames[pages[inside]] = (number << _POOL_SHIFT) + mapped.frames[inside]
@@ -426,11 +426,12 @@ class QemuHypervisor:
         if enable and guest.session is None:
             if domid not in self._locks:
                 self._locks[domid] = GuestLock(guest.process.pid, guest.process.name)
-            self._rebuild(guest)  # another memshr may have been at work until now
             guest.attach()
             assert guest.session is not None
             assert self._watch is not None
             self._watch.add(guest.session.uffd)
+            # Only now: the agent may have been at the last table of a memshr that died, until it took our session.
+            self._rebuild(guest)
         self._enabled[domid - 1] = enable
 
     def nominate_gfn(self, domid: DomId, gfn: Gfn) -> Handle:
@@ -605,8 +606,8 @@ class QemuHypervisor:
             except MemshrError:
                 statuses[rows[sources.domids[rows] == domid]] = Status.EXDEV
         rows = rows[statuses[rows] == Status.OK]
-        for domid in np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist():
-            self._hand_over_pools(self._guests[domid - 1])
+        named = np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist()
+        self._hand_over_pools([self._guests[domid - 1] for domid in named])
         while len(rows):
             some = rows[: self._few_enough(source_ids[rows], client_ids[rows])]  # all that is in flight at once
             some = some[: self._independent(source_ids[some], client_ids[some])]
@@ -761,7 +762,7 @@ class QemuHypervisor:
         for guest, rows in self._by_guest(sources):
             contents = np.empty((len(rows), PAGE_SIZE), dtype=np.uint8)
             guest.read_scattered(self._local(guest, sources[rows]), contents)
-            number = self._pool_for(self._groups[guest.domid - 1])
+            number = self._chosen_pool[self._groups[guest.domid - 1]]
             books = self._pools[number]
             first = books.pool.add(contents)
             frames[rows] = (number << _POOL_SHIFT) + first + np.arange(len(rows))
@@ -769,22 +770,31 @@ class QemuHypervisor:
             books.sums[first : first + len(rows)] = self._sums(contents)
         return frames
 
-    def _hand_over_pools(self, guest: Attachment) -> None:
+    def _hand_over_pools(self, guests: Sequence[Attachment]) -> None:
         # Before anything is in flight: this needs QEMU's main thread, which may itself come to wait for such a page.
-        group = self._groups[guest.domid - 1]
-        self._pool_for(group)
-        for books in self._pools:
-            if books.pool.group == group and not guest.dead:
-                try:
-                    guest.pool_number(books.pool)
-                except (NoSuchDomainError, ConnectionLostError) as error:
-                    self._note_end(guest, error)
+        # And first for all of them: which pool new frames go to is decided once, and every guest gets that one.
+        groups = {self._groups[guest.domid - 1] for guest in guests}
+        for group in groups:
+            if not any(self._whole(books) for books in self._pools if books.pool.group == group):
+                # Perhaps for want of a session with a guest of ours that reads the group's pool.
+                for other in self._guests:
+                    with contextlib.suppress(MemshrError):
+                        self._settle_books(other)
+            self._chosen_pool[group] = self._pool_for(group)
+        for guest in guests:
+            for books in self._pools:
+                if books.pool.group == self._groups[guest.domid - 1] and not guest.dead:
+                    try:
+                        guest.pool_number(books.pool)
+                    except (NoSuchDomainError, ConnectionLostError) as error:
+                        self._note_end(guest, error)
 
     def _pool_for(self, group: str) -> int:
-        if group not in self._primary:
-            self._pools.append(_PoolBooks(FramePool.create(group), whole=True))
-            self._primary[group] = len(self._pools) - 1
-        return self._primary[group]
+        for number, books in enumerate(self._pools):
+            if books.pool.group == group and self._whole(books):
+                return number
+        self._pools.append(_PoolBooks(FramePool.create(group)))
+        return len(self._pools) - 1
 
     def _sums(self, contents: PageBytes) -> NDArray[np.uint64]:
         # A sum with secret odd weights: any change of a page changes it, and nobody can plan one that does not.
@@ -845,7 +855,7 @@ class QemuHypervisor:
         punched = 0
         for books, _, numbers in self._by_pool(unread):
             books.handles[numbers] = books.sums[numbers] = 0
-            if books.whole:
+            if self._whole(books):
                 books.pool.punch(numbers)
                 punched += len(numbers)
         return punched
@@ -857,6 +867,8 @@ class QemuHypervisor:
         self._check_watch()
         ids, statuses = self._ids(pages)
         good = np.unique(ids[statuses == Status.OK])
+        for guest, _ in self._by_guest(good):
+            self._settle_books(guest)
         self._take_back(good)
         shared = good[self._on_frame(good)]
         self._make_private(shared)
@@ -974,6 +986,7 @@ class QemuHypervisor:
         """
         chosen = [guest for guest in self._guests if not guest.dead and domid in (None, guest.domid)]
         for guest in chosen:
+            self._settle_books(guest)
             base = self._base[guest.domid - 1]
             ids = base + np.flatnonzero(guest.in_pool)
             copied = ids[~self._on_frame(ids)]
@@ -988,23 +1001,46 @@ class QemuHypervisor:
         return sum(
             self._punch_unread((number << _POOL_SHIFT) + books.pool.backed_frames())
             for number, books in enumerate(self._pools)
-            if books.whole
+            if self._whole(books)
         )
 
-    def _sees_all(self, pool: FramePool) -> bool:
-        # Whether every process that may read the pool is a guest of ours: another run may have had more guests. It
-        # stays so: a memshr finds a pool only in a guest that it has in hand, and these are in ours.
-        ours = {guest.process.pid for guest in self._guests}
-        for process in find_guests():
-            if process.pid in ours:
-                continue
-            try:
-                if any(mapping.inode == pool.inode for mapping in process.mappings()):
-                    return False
-            except OSError:
-                if process.running:
-                    return False
-        return True
+    def _whole(self, books: _PoolBooks) -> bool:
+        """Whether every QEMU that reads a pool, or may be about to, is one that we have a session with: only then may
+        frames be added or given back.
+
+        It stays so while the sessions last: a memshr finds a pool only in a guest that it has in hand. Judged anew
+        whenever there are other sessions than before.
+        """
+        attached = frozenset(guest.domid for guest in self._guests if guest.session is not None)
+        if books.judged_for != attached:
+            ours = {self._guests[domid - 1].process.pid for domid in attached}
+            books.whole = not any(
+                self._may_read(process, books.pool) for process in find_guests() if process.pid not in ours
+            )
+            books.judged_for = attached
+        return books.whole
+
+    @staticmethod
+    def _may_read(process: GuestProcess, pool: FramePool) -> bool:
+        try:
+            # A table that a dead memshr has left may be about to map any pool.
+            if is_in_session(process.pid) and holder_of(process.pid) is None:
+                return True
+            return any(mapping.inode == pool.inode for mapping in process.mappings())
+        except OSError:
+            return process.running
+
+    def _settle_books(self, guest: Attachment) -> None:
+        """Have a session with a guest that has ever been shared, so that nobody else changes it under our books."""
+        if guest.session is None and not guest.dead and (guest.in_pool.any() or guest.has_agent):
+            self.control(guest.domid, True)
+
+    def _look_again(self) -> None:
+        # At guests without a session somebody else may be at work: there are no beliefs about them, only looks.
+        for guest in self._guests:
+            if guest.session is None and not guest.dead:
+                with contextlib.suppress(NoSuchDomainError):
+                    self._rebuild(guest)
 
     def unshare_guest(self, domid: DomId) -> int:
         """Give every page of a guest back its own memory, in large pieces that can be huge pages again.
@@ -1137,6 +1173,7 @@ class QemuHypervisor:
 
     def counters(self) -> Counters:
         """As the seam says; costs a look at the pagemap of every shared page."""
+        self._look_again()
         _, frames = self._readers()
         used = len(np.unique(frames))
         nominated = int((self._phase == _NOMINATED).sum())
@@ -1150,6 +1187,7 @@ class QemuHypervisor:
         was shared (I8); a nominated page that is on a frame (I5). ``xen_errors`` counts the findings that Xen's own
         walk, from reverse map to p2m, would have counted.
         """
+        self._look_again()
         findings: list[AuditFinding] = []
         xen_errors = 0
         for guest in self._guests:

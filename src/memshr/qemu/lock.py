@@ -34,15 +34,11 @@ class GuestLock:
         self._pid = pid
         if pid in _held:
             raise _refused(pid, name, os.getpid())
+        _open()
         try:
-            if not _file:
-                _file.append(os.open(LOCK_PATH, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            fcntl.lockf(_open(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, pid)
         except OSError as error:
-            raise PermissionDeniedError(f"cannot open {LOCK_PATH}: {error.strerror}", remedy="run as root") from error
-        try:
-            fcntl.lockf(_file[0], fcntl.LOCK_EX | fcntl.LOCK_NB, 1, pid)
-        except OSError as error:
-            raise _refused(pid, name, _holder(pid)) from error
+            raise _refused(pid, name, holder_of(pid) or 0) from error
         _held[pid] = self
 
     def release(self) -> None:
@@ -51,9 +47,25 @@ class GuestLock:
             fcntl.lockf(_file[0], fcntl.LOCK_UN, 1, self._pid)
 
 
-def _holder(pid: int) -> int:
+def holder_of(pid: int) -> int | None:
+    """The process that has the lock of a guest; None if nobody has.
+
+    :raises PermissionDeniedError: /run/memshr.lock cannot be opened.
+    """
+    if pid in _held:
+        return os.getpid()
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, pid, 1, 0)
-    return int(_FLOCK.unpack(fcntl.fcntl(_file[0], fcntl.F_GETLK, asked))[4])
+    kind, _, _, _, holder = _FLOCK.unpack(fcntl.fcntl(_open(), fcntl.F_GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else int(holder)
+
+
+def _open() -> int:
+    if not _file:
+        try:
+            _file.append(os.open(LOCK_PATH, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise PermissionDeniedError(f"cannot open {LOCK_PATH}: {error.strerror}", remedy="run as root") from error
+    return _file[0]
 
 
 def _refused(pid: int, name: str, holder: int) -> RefusedDomainError:
