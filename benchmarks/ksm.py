@@ -66,7 +66,8 @@ State = Literal["paused", "idle", "busy"]
 class Result:
     """One mechanism on one set of guests.
 
-    ``given_back_pages`` is how many frames fewer the guests have afterwards, counted in /proc/PID/pagemap;
+    ``given_back_pages`` is how many frames fewer the guests have afterwards, counted in /proc/PID/pagemap (for memshr
+    by up to its number of shared frames too many: one that no guest has read since it was mapped does not show there);
     ``to_goal_s`` when that reached GOAL of what is sharable, None if not at all; ``seconds`` until it had done.
     ``cpu_s`` is all processor time until then: its own, the kernel's for it, and that of the agent threads in QEMU (of
     paused guests: all that QEMU used); ``resting_cpu`` what it goes on using, as a share of one processor;
@@ -391,7 +392,7 @@ class Target:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
-        value = "not reached at all" if self.value is None else f"{self.value:.2f}"
+        value = "no figure" if self.value is None else f"{self.value:.2f}"
         sign = "at least" if self.at_least else "at most"
         return f"{'met    ' if self.met else 'NOT met'}  {self.text}: {value} ({sign} {self.limit:g})"
 
@@ -407,7 +408,8 @@ def targets(results: Sequence[Result]) -> list[Target]:
         if ours.state != "busy":
             # If KSM does not get there at all, the time that it was given is the most that can be said for it.
             soon = None if ours.to_goal_s is None else ours.to_goal_s / (theirs.to_goal_s or theirs.seconds)
-            gained = ours.memory_gained_mib / max(theirs.memory_gained_mib, 1.0)
+            # On a host where others allocate meanwhile KSM's gain may come out as none: then there is no ratio.
+            gained = ours.memory_gained_mib / theirs.memory_gained_mib if theirs.memory_gained_mib > 0 else None
             found.append(Target(f"{state}, time to 95% as a part of KSM's", soon, 1 / 3))
             found.append(Target(f"{state}, CPU as a part of KSM's", ours.cpu_s / theirs.cpu_s, 1 / 3))
             found.append(Target(f"{state}, MemAvailable gained, by KSM's", gained, 1.3, at_least=True))
