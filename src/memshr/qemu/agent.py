@@ -320,7 +320,10 @@ class ControlArea:
                 continue
             # SAFETY: a QEMU that has been broken out of could show us a file of its own under this name; only we can
             # make one that belongs to us.
-            file = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                file = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # taken out since: a memshr died while it put this one in, and its injector cleans up
             status = os.fstat(file)
             if status.st_uid != os.geteuid() or status.st_size != CONTROL_BYTES:
                 os.close(file)

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.errors import HostMemoryError, NoSuchDomainError, RefusedDomainError
+from memshr.errors import BackendError, HostMemoryError, NoSuchDomainError, RefusedDomainError
 from memshr.procfs import Mapping, parse_maps
 from memshr.qemu import agent, guests, pagemap, syscalls
 from memshr.qemu.agent import ControlArea, Session
@@ -128,8 +128,18 @@ class Attachment:
         """The error for a guest that has ended."""
         return NoSuchDomainError(f"guest {self.process.name} ({self.process.pid}) has ended", domid=self.domid)
 
+    def _has_ended(self) -> bool:
+        # A process that has exited and waits to be reaped has maps, but nothing in them.
+        try:
+            return not self.process.running or not Path(f"/proc/{self.process.pid}/maps").read_text()
+        except OSError:
+            return True
+
     def _failed(self, error: OSError) -> Exception:
         if error.errno in {errno.ESRCH, errno.ENOENT, errno.EBADF, errno.ENODEV}:
+            if not self._has_ended():
+                name = f"guest {self.process.name} ({self.process.pid})"
+                return BackendError(f"{name} changed while memshr looked at it: {error.strerror}", remedy="try again")
             self.dead = True
             return self.gone()
         if error.errno in {errno.EACCES, errno.EPERM}:
