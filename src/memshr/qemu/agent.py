@@ -43,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import BackendError, ConnectionLostError, InvariantError, RefusedDomainError
-from memshr.procfs import parse_maps
+from memshr.procfs import process_mappings
 from memshr.qemu import syscalls
 from memshr.qemu.monitor import Monitor
 
@@ -315,8 +315,9 @@ class ControlArea:
         :raises OSError: the process is gone, or we may not look into it.
         """
         found = []
-        for mapping in parse_maps(Path(f"/proc/{pid}/maps").read_text()):
-            if mapping.path != MAPPED_CONTROL or not mapping.executable:
+        mappings = process_mappings(pid)
+        for mapping in mappings.of(mappings.named(MAPPED_CONTROL.__eq__)):
+            if not mapping.executable:
                 continue
             # SAFETY: a QEMU that has been broken out of could show us a file of its own under this name; only we can
             # make one that belongs to us.

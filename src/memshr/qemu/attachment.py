@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import BackendError, HostMemoryError, NoSuchDomainError, RefusedDomainError
-from memshr.procfs import Mapping, parse_maps
+from memshr.procfs import Mapping, Mappings, process_mappings
 from memshr.qemu import agent, guests, pagemap, syscalls
 from memshr.qemu.agent import ControlArea, Session
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.pagemap import Pagemap
-from memshr.qemu.pool import MAPPED_PREFIX, FramePool, group_of
+from memshr.qemu.pool import FramePool, group_of, of_pools
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
 
 Pages = NDArray[np.int64]
@@ -184,19 +184,20 @@ class Attachment:
             self.dead = True
             raise self.gone() from error
 
-    def _maps(self) -> str:
+    def _mappings(self) -> Mappings:
         try:
-            text = Path(f"/proc/{self.process.pid}/maps").read_text()
+            mappings = process_mappings(self.process.pid)
         except OSError as error:
             raise self._failed(error) from error
-        if not text:
+        if not len(mappings):
             self.dead = True
             raise self.gone()
-        return text
+        return mappings
 
     def _other_mappings(self) -> list[Mapping]:
         # What QEMU has mapped now besides frames; of those there may be very many.
-        return parse_maps("\n".join(line for line in self._maps().split("\n") if MAPPED_PREFIX not in line))
+        mappings = self._mappings()
+        return mappings.of(~of_pools(mappings))
 
     def read_run(self, first: int, out: PageBytes) -> None:
         """Contents of consecutive pages. Pages that were never touched are not touched by this."""
@@ -237,25 +238,19 @@ class Attachment:
 
     def pool_mappings(self) -> Iterator[PoolMappings]:
         """Where QEMU has frame pools mapped, one by one; made for tens of thousands of mappings."""
-        lines: dict[str, list[str]] = {}
-        for line in self._maps().split("\n"):
-            if MAPPED_PREFIX in line:
-                _, flags, _, file = line.split(" ", 3)
-                lines.setdefault(flags + file, []).append(line)
-        for same in lines.values():
-            (sample,) = parse_maps(same[0])
-            group = group_of(sample)
-            if group is None:
-                continue
-            fields = [line.split(" ", 3) for line in same]
-            ends = [addresses.split("-") for addresses, *_ in fields]
-            starts = np.array([int(start, 16) for start, _ in ends], dtype=np.int64)
-            lengths = (np.array([int(end, 16) for _, end in ends], dtype=np.int64) - starts) >> PAGE_SHIFT
-            first_frames = np.array([int(offset, 16) for _, _, offset, _ in fields], dtype=np.int64) >> PAGE_SHIFT
+        mappings = self._mappings()
+        pools = of_pools(mappings)
+        files = np.stack([mappings.name, mappings.inode.astype(np.int64)], axis=1)
+        for file in np.unique(files[pools], axis=0):
+            (rows,) = np.nonzero(pools & (files == file).all(axis=1))
+            starts = mappings.start[rows].astype(np.int64)
+            lengths = (mappings.end[rows].astype(np.int64) - starts) >> PAGE_SHIFT
+            first_frames = mappings.offset[rows].astype(np.int64) >> PAGE_SHIFT
             inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            sample = mappings[int(rows[0])]
             yield PoolMappings(
                 sample,
-                group,
+                group_of(sample.path),
                 np.repeat(starts, lengths) + inside * PAGE_SIZE,
                 np.repeat(first_frames, lengths) + inside,
             )
@@ -325,7 +320,7 @@ class Attachment:
 
     def count_mappings(self) -> None:
         """See how many mappings QEMU may still get."""
-        self._mappings_left = pagemap.map_count_limit() - _MAP_RESERVE - self._maps().count("\n")
+        self._mappings_left = pagemap.map_count_limit() - _MAP_RESERVE - len(self._mappings())
 
     @property
     def mappings_left(self) -> int:

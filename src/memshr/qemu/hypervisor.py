@@ -1035,7 +1035,7 @@ class QemuHypervisor:
             # A table that a dead memshr has left may be about to map any pool.
             if is_in_session(process.pid) and holder_of(process.pid) is None:
                 return True
-            return any(mapping.inode == pool.inode for mapping in process.mappings())
+            return bool((process.mappings().inode == pool.inode).any())
         except OSError:
             return process.running
 
