@@ -90,14 +90,13 @@ class Mappings(Sequence[Mapping]):
         self._dev_major = _numbers(text, blanks[2] + 1, colons, 16)
         self._dev_minor = _numbers(text, colons + 1, blanks[3], 16)
         self.inode = _numbers(text, blanks[3] + 1, inode_end, 10)
-        places: dict[bytes, int] = {}
-        self.name = np.array(
-            [
-                places.setdefault(maps[begin:end], len(places))
-                for begin, end in zip(inode_end.tolist(), line_end.tolist(), strict=True)
-            ],
-            dtype=np.int64,
-        )
+        places: dict[bytes, int] = {b"": 0}
+        self.name = np.zeros(len(line), dtype=np.int64)
+        (with_path,) = np.nonzero(line_end > inode_end + 1)
+        self.name[with_path] = [
+            places.setdefault(maps[begin:end], len(places))
+            for begin, end in zip(inode_end[with_path].tolist(), line_end[with_path].tolist(), strict=True)
+        ]
         self.paths: list[str] = [os.fsdecode(path.lstrip(b" ")) for path in places]
 
     def __len__(self) -> int:
@@ -129,6 +128,12 @@ class Mappings(Sequence[Mapping]):
     def shared(self) -> NDArray[np.bool_]:
         """Which lines are shared mappings, shape ``(n,)``."""
         return np.asarray(self.flags[:, 3] == ord("s"))
+
+    @property
+    def ordinary(self) -> NDArray[np.bool_]:
+        """Which lines are private memory of no file that can be read and written, shape ``(n,)``."""
+        wanted = np.frombuffer(b"rwp", dtype=np.uint8)
+        return np.asarray((self.inode == 0) & (self.flags[:, [0, 1, 3]] == wanted).all(axis=1))
 
     def named(self, wanted: Callable[[str], bool]) -> NDArray[np.bool_]:
         """Which lines have a path that is ``wanted``, shape ``(n,)``; asked once for each different path."""

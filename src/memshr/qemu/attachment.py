@@ -194,11 +194,6 @@ class Attachment:
             raise self.gone()
         return mappings
 
-    def _other_mappings(self) -> list[Mapping]:
-        # What QEMU has mapped now besides frames; of those there may be very many.
-        mappings = self._mappings()
-        return mappings.of(~of_pools(mappings))
-
     def read_run(self, first: int, out: PageBytes) -> None:
         """Contents of consecutive pages. Pages that were never touched are not touched by this."""
         rows = np.arange(first, first + len(out))
@@ -302,14 +297,13 @@ class Attachment:
 
     def _ram_flags(self) -> frozenset[str]:
         # Of memory that we have not replaced, if any is left; ours have the same, but for huge pages.
-        addresses = [
-            max(mapping.start, ram.hva)
-            for mapping in self._other_mappings()
-            if not mapping.inode
-            for ram in self.layout
-            if mapping.start < ram.end_hva and ram.hva < mapping.end
-        ]
-        return pagemap.mapping_flags(self.process.pid, addresses[0] if addresses else self.layout[0].hva)
+        mappings = self._mappings()
+        for ram in self.layout:
+            inside = mappings.ordinary & (mappings.start < ram.end_hva) & (mappings.end > ram.hva)
+            if inside.any():
+                address = max(int(mappings.start[np.argmax(inside)]), ram.hva)
+                return pagemap.mapping_flags(self.process.pid, address)
+        return pagemap.mapping_flags(self.process.pid, self.layout[0].hva)
 
     def _advise(self, start: int, length_bytes: int, flags: tuple[str, ...]) -> list[list[int]]:
         return [
@@ -676,10 +670,11 @@ class Attachment:
         # there: the addresses are ours from the moment on that the agent was put in.
         session = self.working_session()
         side = session.control.side_address
+        mappings = self._mappings()
+        inside = (side <= mappings.start) & (mappings.start < side + agent.SIDE_BYTES)
         left = [
             [syscalls.NR_MUNMAP, mapping.start, mapping.end - mapping.start, 0, 0, 0, 0, 0]
-            for mapping in self._other_mappings()
-            if side <= mapping.start < side + agent.SIDE_BYTES
+            for mapping in mappings.of(inside)
         ]
         if left:
             session.run(np.array(left[: agent.TABLE_ENTRIES], dtype=np.uint64))

@@ -420,9 +420,9 @@ def _on_hugetlbfs(pid: int, mappings: Mappings) -> set[int]:
     # The inodes of those mapped files whose pages are larger than pages are.
     found = set()
     seen = set()
-    for mapping in mappings.of(~of_pools(mappings)):
+    for mapping in mappings.of((mappings.inode != 0) & ~of_pools(mappings)):
         file_of = (mapping.dev_major, mapping.dev_minor, mapping.inode)
-        if mapping.inode and mapping.writable and file_of not in seen:
+        if mapping.writable and file_of not in seen:
             seen.add(file_of)
             try:
                 file = Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
@@ -441,12 +441,12 @@ def mapping_refusals(
     :param huge_inodes: the files among the mappings that lie on hugetlbfs.
     """
     found = []
-    pools = of_pools(mappings)
+    odd = ~mappings.ordinary & ~of_pools(mappings)
     for ram in layout:
         inside = (mappings.start < ram.end_hva) & (mappings.end > ram.hva)
         ends = np.minimum(mappings.end[inside], ram.end_hva)
         covered = int((ends - np.maximum(mappings.start[inside], ram.hva)).sum())
-        for mapping in mappings.of(inside & ~pools):
+        for mapping in mappings.of(inside & odd):
             if "hugepage" in mapping.path or (mapping.inode and mapping.inode in huge_inodes):
                 found.append(
                     Refusal(
@@ -461,10 +461,8 @@ def mapping_refusals(
                 )
             elif mapping.inode:
                 found.append(Refusal(f"its RAM {ram.block} is a mapped file", "use memory-backend-ram"))
-            elif not (mapping.readable and mapping.writable):
-                found.append(Refusal(f"its RAM {ram.block} is not writable to QEMU itself", "use memory-backend-ram"))
             else:
-                continue
+                found.append(Refusal(f"its RAM {ram.block} is not writable to QEMU itself", "use memory-backend-ram"))
             break
         else:
             if covered != ram.pages * PAGE_SIZE:
