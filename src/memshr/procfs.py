@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,12 +172,16 @@ def _numbers(
     return values
 
 
-def process_mappings(pid: int) -> Mappings:
+def process_mappings(pid: int, *, of: str = "") -> Mappings:
     """What a process has mapped now, in order of address.
 
+    :param of: leave out, unread, whatever does not have this text in its line.
     :raises OSError: it has ended (or is a kernel thread: then there is nothing), or we may not look.
     """
-    return Mappings(Path(f"/proc/{pid}/maps").read_bytes())
+    maps = Path(f"/proc/{pid}/maps").read_bytes()
+    if of:
+        maps = b"".join(line for line in re.findall(b".*\n", maps) if os.fsencode(of) in line)
+    return Mappings(maps)
 
 
 def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -315,9 +315,8 @@ class ControlArea:
         :raises OSError: the process is gone, or we may not look into it.
         """
         found = []
-        mappings = process_mappings(pid)
-        for mapping in mappings.of(mappings.named(MAPPED_CONTROL.__eq__)):
-            if not mapping.executable:
+        for mapping in process_mappings(pid, of=MAPPED_CONTROL):
+            if mapping.path != MAPPED_CONTROL or not mapping.executable:
                 continue
             # SAFETY: a QEMU that has been broken out of could show us a file of its own under this name; only we can
             # make one that belongs to us.

@@ -288,16 +288,16 @@ class Attachment:
                     control.close()
                     raise
                 self._control = control
-                self._flags = self._ram_flags()
+                mappings = self._mappings()
+                self._flags = self._ram_flags(mappings)
                 self.register()
-                self.count_mappings()
-                self._clear_side()
+                self._note_count(mappings)
+                self._clear_side(mappings)
             except OSError as error:
                 raise self._failed(error) from error
 
-    def _ram_flags(self) -> frozenset[str]:
+    def _ram_flags(self, mappings: Mappings) -> frozenset[str]:
         # Of memory that we have not replaced, if any is left; ours have the same, but for huge pages.
-        mappings = self._mappings()
         for ram in self.layout:
             inside = mappings.ordinary & (mappings.start < ram.end_hva) & (mappings.end > ram.hva)
             if inside.any():
@@ -314,7 +314,10 @@ class Attachment:
 
     def count_mappings(self) -> None:
         """See how many mappings QEMU may still get."""
-        self._mappings_left = pagemap.map_count_limit() - _MAP_RESERVE - len(self._mappings())
+        self._note_count(self._mappings())
+
+    def _note_count(self, mappings: Mappings) -> None:
+        self._mappings_left = pagemap.map_count_limit() - _MAP_RESERVE - len(mappings)
 
     @property
     def mappings_left(self) -> int:
@@ -547,7 +550,7 @@ class Attachment:
             finished = int(np.searchsorted(ends, got, side="right"))
             done += finished
             if finished < len(batch):
-                self._clear_side()
+                self._clear_side(self._mappings())
                 break
         return done
 
@@ -637,7 +640,7 @@ class Attachment:
         self._unregistered[pages[:moved]] = True
         if done < len(table):
             failure = session.failure(done, "copying pages back")
-            self._clear_side()
+            self._clear_side(self._mappings())
             if not moved:
                 raise HostMemoryError(
                     f"no memory to give pages of guest {self.process.name} their own copy: {failure}",
@@ -665,12 +668,11 @@ class Attachment:
             pieces["length"][: len(starts)] = lengths
         return len(starts), int(lengths.sum())
 
-    def _clear_side(self) -> None:
+    def _clear_side(self, mappings: Mappings) -> None:
         # Whatever a memshr that died, or a table that stopped, has left where pages are built. Nothing of QEMU's is
         # there: the addresses are ours from the moment on that the agent was put in.
         session = self.working_session()
         side = session.control.side_address
-        mappings = self._mappings()
         inside = (side <= mappings.start) & (mappings.start < side + agent.SIDE_BYTES)
         left = [
             [syscalls.NR_MUNMAP, mapping.start, mapping.end - mapping.start, 0, 0, 0, 0, 0]
