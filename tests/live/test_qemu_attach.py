@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from guests.machine import Machine
 from guests.peculiar import PECULIARITIES, ram_mapping
 from live.parts import needed_parts
 from live.qemu_host import QtestHost, booted, process_of
-from memshr.errors import NoSuchDomainError, RefusedDomainError
+from memshr.errors import BackendError, NoSuchDomainError, RefusedDomainError
 from memshr.qemu.guests import find_guests, inspect_process, memory_layout, refusals, select_guests, status_refusals
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.status import status_of
@@ -148,10 +149,10 @@ def test_second_memshr_is_told_who_is_at_work(qemu: Path) -> None:
 def test_guest_without_qmp_says_how_to_give_it_one(qemu: Path) -> None:
     with booted(qemu, "mute") as (guest,):
         process = process_of(guest)
-        without = type(process)(process.pid, process.start_ticks, process.name, process.arguments, None, libvirt=False)
-        assert "-qmp unix:" in str(refusals(without, None, [])[-1])
-        libvirt = type(process)(process.pid, process.start_ticks, process.name, process.arguments, None, libvirt=True)
-        assert "libvirt" in str(refusals(libvirt, None, [])[-1])
+        without = replace(process, qmp_path=None)
+        assert "-qmp unix:" in str(status_of(without).refusals[-1])
+        with pytest.raises(BackendError, match=r"mute .*: it has no QMP socket; start QEMU with -qmp unix:"):
+            without.monitor()
 
 
 def test_seccomp_filter_that_forbids_a_call_of_the_agent(qemu: Path, tmp_path: Path) -> None:

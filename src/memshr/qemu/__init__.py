@@ -1,7 +1,7 @@
 """Sharing pages between running, unmodified QEMU guests on Linux, and giving the memory back to the host.
 
 ``guests``      finds them, asks QEMU where their RAM lies, says why one must be left alone
-``monitor``     QMP, with descriptors
+``monitor``     QMP, with descriptors; ``libvirt_monitor`` the same through libvirt
 ``agent``       the thread inside QEMU that remaps pages, and our end of it; ``injector`` puts it there
 ``pool``        the frames: one sealed memory file for each trust group
 ``protection``  userfaultfd: a write to a protected page is told to us and waits

@@ -25,7 +25,8 @@ import numpy as np
 from memshr.errors import BackendError, NoSuchDomainError
 from memshr.procfs import Mappings, process_mappings
 from memshr.qemu import syscalls
-from memshr.qemu.monitor import Monitor, MonitorError
+from memshr.qemu.libvirt_monitor import LibvirtMonitor
+from memshr.qemu.monitor import Monitor, MonitorError, SocketMonitor
 from memshr.qemu.pool import of_pools
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, Gfn
 
@@ -55,13 +56,16 @@ class Refusal:
         return f"{self.reason}; {self.remedy}"
 
 
+NO_SOCKET = Refusal("it has no QMP socket", "start QEMU with -qmp unix:/path,server=on,wait=off")
+
+
 @dataclass(frozen=True, slots=True)
 class GuestProcess:
     """A running QEMU.
 
     ``start_ticks`` tells this process from a later one of the same pid (field 22 of /proc/PID/stat). ``qmp_path`` is
     where we reach its QMP socket, through the guest's own root if it lives in a container; None if it has none that
-    we may use, and then ``libvirt`` says whether libvirt holds it.
+    we may use, and then ``libvirt`` says whether libvirt holds one, through which it is reached.
     """
 
     pid: int
@@ -72,14 +76,20 @@ class GuestProcess:
     libvirt: bool
 
     def monitor(self) -> Monitor:
-        """Connect to its QMP socket; the caller hangs up.
+        """Connect to its QMP socket, or to libvirt if that holds it; the caller hangs up.
 
         :raises BackendError: it has none, or it cannot be used.
         """
-        if self.qmp_path is None:
-            reason = _no_monitor(self)
-            raise BackendError(f"guest {self.name} ({self.pid}): {reason.reason}", remedy=reason.remedy)
-        return Monitor(self.qmp_path)
+        if self.qmp_path is not None:
+            return SocketMonitor(self.qmp_path)
+        if self.libvirt:
+            return LibvirtMonitor(self.name, self.uuid)
+        raise BackendError(f"guest {self.name} ({self.pid}): {NO_SOCKET.reason}", remedy=NO_SOCKET.remedy)
+
+    @property
+    def uuid(self) -> str:
+        """Its UUID as its command line has it, which it always does under libvirt; else empty."""
+        return next(_arguments_of(self.arguments, "uuid"), "")
 
     def mappings(self) -> Mappings:
         """What it has mapped now. :raises OSError: it has ended, or we may not look."""
@@ -331,12 +341,12 @@ def host_refusals() -> tuple[Refusal, ...]:
     return ()
 
 
-def refusals(guest: GuestProcess, monitor: Monitor | None, layout: Sequence[RamRange]) -> tuple[Refusal, ...]:
+def refusals(guest: GuestProcess, monitor: Monitor | Refusal, layout: Sequence[RamRange]) -> tuple[Refusal, ...]:
     """Every reason why this guest must not be touched; empty if there is none.
 
     A seccomp filter is not judged here: that takes stopping the guest's main thread for a moment, which attaching does.
 
-    :param monitor: None if its QMP socket cannot be used, which is a reason.
+    :param monitor: or why it cannot be used, which is a reason.
     :param layout: what ``memory_layout`` said.
     """
     found = [*host_refusals(), *_process_refusals(guest)]
@@ -345,20 +355,11 @@ def refusals(guest: GuestProcess, monitor: Monitor | None, layout: Sequence[RamR
         found += mapping_refusals(mappings, layout, _on_hugetlbfs(guest.pid, mappings))
     except OSError as error:
         found.append(_unreadable(error))
-    if monitor is None:
-        found.append(_no_monitor(guest))
+    if isinstance(monitor, Refusal):
+        found.append(monitor)
     else:
         found += _machine_refusals(monitor)
     return tuple(found)
-
-
-def _no_monitor(guest: GuestProcess) -> Refusal:
-    if guest.libvirt:
-        return Refusal(
-            "libvirt holds its QMP socket",
-            "give it a second one: <qemu:commandline> with -qmp unix:/path,server=on,wait=off; then qemu:NAME@/path",
-        )
-    return Refusal("it has no QMP socket", "start QEMU with -qmp unix:/path,server=on,wait=off")
 
 
 def _unreadable(error: OSError) -> Refusal:

@@ -41,6 +41,7 @@ _RESTARTED: Final = frozenset({-512, -513, -514})
 _RESTART_BLOCK: Final = -516
 """-ERESTART_RESTARTBLOCK: it is to be continued by restart_syscall"""
 _STOP_DEADLINE_S: Final = 2.0
+_WITHOUT_FILTER: Final = "start QEMU without -sandbox (libvirt: seccomp_sandbox = 0 in /etc/libvirt/qemu.conf)"
 _TRIES: Final = 200
 _LOOK_EVERY_S: Final = 0.00005
 
@@ -183,14 +184,14 @@ def _judge_seccomp(tid: int) -> None:
             programs.append(program)
     except OSError as error:
         raise Refused(
-            f"its seccomp filter cannot be read ({error.strerror})", "start QEMU without -sandbox, or run as root"
+            f"its seccomp filter cannot be read ({error.strerror})", f"{_WITHOUT_FILTER}, or run as root"
         ) from error
     finally:
         syscalls.ptrace_resume(syscalls.PTRACE_DETACH, tid)
     for number, arguments in _AGENT_CALLS:
         for program in programs:
             if run_filter(program, number, arguments) >> 16 not in {0x7FFF, 0x7FFC}:  # allow, log
-                raise Refused(f"its seccomp filter forbids system call {number}", "start QEMU without -sandbox")
+                raise Refused(f"its seccomp filter forbids system call {number}", _WITHOUT_FILTER)
 
 
 def run_filter(program: bytes, number: int, arguments: Sequence[int]) -> int:

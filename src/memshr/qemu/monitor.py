@@ -5,12 +5,16 @@ number that it has inside QEMU. QEMU serves one client of a socket at a time, ot
 connects for a few commands and hangs up. Descriptors that were handed over may be closed by QEMU as soon as nobody
 is connected.
 
+``Monitor`` is what the rest of memshr asks. Two ways lead there: ``SocketMonitor``, the guest's own socket, and
+``libvirt_monitor``, where libvirt holds that socket.
+
 Errors: ConnectionLostError (no answer, or QEMU went away), PermissionDeniedError, MonitorError (QEMU refused).
 Source: QEMU's ``docs/interop/qmp-spec`` and ``qapi/misc.json``; observed on QEMU 7.2.
 """
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 import socket
@@ -37,8 +41,62 @@ class MonitorError(BackendError):
         self.kind = kind
 
 
-class Monitor:
-    """A QMP connection. A context manager; hangs up at the end.
+class Monitor(abc.ABC):
+    """A way to QEMU's monitor. A context manager; hangs up at the end."""
+
+    @abc.abstractmethod
+    def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, descriptor: int | None = None
+    ) -> Any:
+        """Run a command and return what it returned.
+
+        :param descriptor: a file descriptor of ours to hand over with the command.
+        :raises MonitorError: QEMU refused it.
+        :raises ConnectionLostError: QEMU hung up or did not answer; whether the command was done is unknown.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Hang up."""
+
+    def human(self, command: str) -> str:
+        """Run a command of the human monitor and return its text."""
+        return str(self.execute("human-monitor-command", {"command-line": command}))
+
+    def add_descriptor(self, descriptor: int) -> int:
+        """Hand a descriptor over; returns its number inside QEMU. ``remove_descriptors`` takes all of ours back."""
+        return int(self.execute("add-fd", {"fdset-id": _FD_SET, "opaque": "memshr"}, descriptor=descriptor)["fd"])
+
+    def remove_descriptors(self) -> None:
+        """Have QEMU close every descriptor that memshr handed over and that is still there."""
+        try:
+            self.execute("remove-fd", {"fdset-id": _FD_SET})
+        except MonitorError as error:
+            if "not found" not in str(error):
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def returned(command: str, answer: Mapping[str, Any]) -> Any:
+    """What an answer of QMP to a command returns.
+
+    :raises MonitorError: it says that QEMU refused the command.
+    """
+    if "error" in answer:
+        error = answer["error"]
+        raise MonitorError(f"QEMU refused {command}: {error['desc']}", command=command, kind=error["class"])
+    return answer["return"]
+
+
+class SocketMonitor(Monitor):
+    """A QMP connection over a socket of the guest. Events that come in between answers are dropped.
 
     :param path: the socket, as a path of this process.
     :raises ConnectionLostError: nobody listens, or QEMU does not greet because another client is connected.
@@ -86,12 +144,6 @@ class Monitor:
     def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, descriptor: int | None = None
     ) -> Any:
-        """Run a command and return what it returned. Events that come in between are dropped.
-
-        :param descriptor: a file descriptor of ours to hand over with the command.
-        :raises MonitorError: QEMU refused it.
-        :raises ConnectionLostError: QEMU hung up or did not answer; whether the command was done is unknown.
-        """
         request = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
         try:
             if descriptor is None:
@@ -101,29 +153,10 @@ class Monitor:
                 self._socket.sendall(request[sent:])
             while True:
                 answer = self._receive()
-                if "return" in answer:
-                    return answer["return"]
-                if "error" in answer:
-                    error = answer["error"]
-                    raise MonitorError(f"QEMU refused {command}: {error['desc']}", command=command, kind=error["class"])
+                if "return" in answer or "error" in answer:
+                    return returned(command, answer)
         except (TimeoutError, ConnectionError) as error:
             raise ConnectionLostError(f"QEMU did not answer {command} on {self._path}") from error
-
-    def human(self, command: str) -> str:
-        """Run a command of the human monitor and return its text."""
-        return str(self.execute("human-monitor-command", {"command-line": command}))
-
-    def add_descriptor(self, descriptor: int) -> int:
-        """Hand a descriptor over; returns its number inside QEMU. ``remove_descriptors`` takes all of ours back."""
-        return int(self.execute("add-fd", {"fdset-id": _FD_SET, "opaque": "memshr"}, descriptor=descriptor)["fd"])
-
-    def remove_descriptors(self) -> None:
-        """Have QEMU close every descriptor that memshr handed over and that is still there."""
-        try:
-            self.execute("remove-fd", {"fdset-id": _FD_SET})
-        except MonitorError as error:
-            if "not found" not in str(error):
-                raise
 
     def _receive(self) -> dict[str, Any]:
         while b"\n" not in self._received:
@@ -138,11 +171,3 @@ class Monitor:
     def close(self) -> None:
         """Hang up."""
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

@@ -66,8 +66,9 @@ def status_of(process: GuestProcess) -> GuestStatus:
             ram_bytes = sum(ram.pages for ram in layout) * PAGE_SIZE
             refusals = guests.refusals(process, monitor, layout)
     except BackendError as error:
-        without = guests.refusals(process, None, [])
-        refusals = without if process.qmp_path is None else (*without[:-1], Refusal(*_halves(error)))
+        unreachable = process.qmp_path is None and not process.libvirt
+        reason = guests.NO_SOCKET if unreachable else Refusal(error.args[0], error.remedy or "look again")
+        refusals = guests.refusals(process, reason, [])
     mappings = process.mappings()
     pools = mappings.of(of_pools(mappings))
     sharing, frames = _sharing(process.pid, pools)
@@ -97,11 +98,6 @@ def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[str]]:
         if groups:
             found.setdefault(groups[0], []).append(process.name)
     return found
-
-
-def _halves(error: BackendError) -> tuple[str, str]:
-    reason, _, remedy = str(error).partition("; ")
-    return reason, remedy or "look again"
 
 
 def _sharing(pid: int, pools: list[Mapping]) -> tuple[int, int]:
