@@ -1,5 +1,7 @@
 """A libvirt of our own, and Linux guests that it starts and whose QMP sockets it holds.
 
+It and they end with the ``with`` that they were made in; guests outlive a test run that is killed.
+
 The daemon runs in a mount namespace, where its folders of state and its settings are ours: a libvirt of this machine is
 neither used nor disturbed. Guests run as another user, under the seccomp filter that libvirt gives them.
 """
@@ -47,6 +49,7 @@ DOMAIN = """
 <domain type='qemu'>
   <name>{name}</name>
   <memory unit='MiB'>{memory_mib}</memory>
+  {more}
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
     <kernel>{kernel}</kernel>
@@ -177,10 +180,14 @@ class Libvirt:
 
 
 class LibvirtGuest(LinuxGuest):
-    """A Linux guest that libvirt starts, with two serial ports as every Machine has them, and no monitor of ours."""
+    """A Linux guest that libvirt starts, with two serial ports as every Machine has them, and no monitor of ours.
 
-    def __init__(self, name: str, kit: LinuxKit, libvirt: Libvirt, *, memory_mib: int = 256) -> None:
+    :param more: elements that its description has besides.
+    """
+
+    def __init__(self, name: str, kit: LinuxKit, libvirt: Libvirt, *, memory_mib: int = 256, more: str = "") -> None:
         super().__init__(name, kit, memory_mib=memory_mib, user="nobody")
+        self._more = more
         self.folder.chmod(0o755)
         self._libvirt = libvirt
         self._running_pid = 0
@@ -196,6 +203,7 @@ class LibvirtGuest(LinuxGuest):
             DOMAIN.format(
                 name=self.name,
                 memory_mib=self.memory_mib,
+                more=self._more,
                 kernel=kernel,
                 initramfs=initramfs,
                 qemu=self._kit.qemu,

@@ -105,6 +105,31 @@ def test_guest_that_another_libvirt_holds(guests: list[LibvirtGuest], uri: str, 
     assert words in line
 
 
+@pytest.mark.parametrize(
+    ("more", "reason", "remedy"),
+    [
+        ("<source type='memfd'/><access mode='shared'/>", "shared memory", "remove <source> and <access>"),
+        ("<source type='memfd'/><access mode='private'/>", "mapped file", "remove <source>"),
+    ],
+)
+def test_remedy_is_one_of_the_description(
+    kit: LinuxKit,
+    libvirt: Libvirt,
+    memshr: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    more: str,
+    reason: str,
+    remedy: str,
+) -> None:
+    """libvirt chooses QEMU's options; its user has a description to change."""
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", libvirt.uri)
+    with LibvirtGuest("libvirt-4", kit, libvirt, more=f"<memoryBacking>{more}</memoryBacking>").boot():
+        (seen,) = json.loads(memshr("status", "--json", "qemu:libvirt-4").out)
+        (refusal,) = seen["refusals"]
+        assert reason in refusal["reason"]
+        assert remedy in refusal["remedy"]
+
+
 def test_guest_that_libvirt_ends_while_memshr_is_connected(
     kit: LinuxKit, libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,19 @@ class Refusal:
         return f"{self.reason}; {self.remedy}"
 
 
+_WITHOUT_LOCK = "start QEMU without -overcommit mem-lock=on"
+_ORDINARY_PAGES = "use ordinary memory; transparent huge pages are fine"
+_UNSHARED = "use a memory backend with share=off (no vhost-user)"
+_IN_NO_FILE = "use memory-backend-ram"
+_NO_REPORTING = "free-page-reporting=off"
+_IN_LIBVIRT = {
+    _WITHOUT_LOCK: "remove <locked/> from its <memoryBacking>",
+    _ORDINARY_PAGES: "remove <hugepages/> from its <memoryBacking>; transparent huge pages are fine",
+    _UNSHARED: "remove <source> and <access> from its <memoryBacking> (no vhost-user, no virtiofs)",
+    _IN_NO_FILE: "remove <source> from its <memoryBacking>",
+    _NO_REPORTING: "set freePageReporting='off' on its <memballoon>",
+}
+"""remedies as options of QEMU -> the same in a domain's description, where libvirt chooses the options"""
 NO_SOCKET = Refusal("it has no QMP socket", "start QEMU with -qmp unix:/path,server=on,wait=off")
 
 
@@ -359,6 +372,8 @@ def refusals(guest: GuestProcess, monitor: Monitor | Refusal, layout: Sequence[R
         found.append(monitor)
     else:
         found += _machine_refusals(monitor)
+    if guest.libvirt:
+        found = [Refusal(each.reason, _IN_LIBVIRT.get(each.remedy, each.remedy)) for each in found]
     return tuple(found)
 
 
@@ -404,7 +419,7 @@ def status_refusals(status: str) -> list[Refusal]:
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     locked, pinned = (int(fields.get(name, "0").split()[0]) for name in ("VmLck", "VmPin"))
     if locked:
-        found.append(Refusal(f"{locked} KiB of its memory are locked", "start QEMU without -overcommit mem-lock=on"))
+        found.append(Refusal(f"{locked} KiB of its memory are locked", _WITHOUT_LOCK))
     if pinned:
         found.append(
             Refusal(
@@ -449,21 +464,13 @@ def mapping_refusals(
         covered = int((ends - np.maximum(mappings.start[inside], ram.hva)).sum())
         for mapping in mappings.of(inside & odd):
             if "hugepage" in mapping.path or (mapping.inode and mapping.inode in huge_inodes):
-                found.append(
-                    Refusal(
-                        f"its RAM {ram.block} is of hugetlbfs", "use ordinary memory; transparent huge pages are fine"
-                    )
-                )
+                found.append(Refusal(f"its RAM {ram.block} is of hugetlbfs", _ORDINARY_PAGES))
             elif mapping.shared:
-                found.append(
-                    Refusal(
-                        f"its RAM {ram.block} is shared memory", "use a memory backend with share=off (no vhost-user)"
-                    )
-                )
+                found.append(Refusal(f"its RAM {ram.block} is shared memory", _UNSHARED))
             elif mapping.inode:
-                found.append(Refusal(f"its RAM {ram.block} is a mapped file", "use memory-backend-ram"))
+                found.append(Refusal(f"its RAM {ram.block} is a mapped file", _IN_NO_FILE))
             else:
-                found.append(Refusal(f"its RAM {ram.block} is not writable to QEMU itself", "use memory-backend-ram"))
+                found.append(Refusal(f"its RAM {ram.block} is not writable to QEMU itself", _IN_NO_FILE))
             break
         else:
             if covered != ram.pages * PAGE_SIZE:
@@ -488,7 +495,7 @@ def _machine_refusals(monitor: Monitor) -> list[Refusal]:
         for device in monitor.execute("qom-list", {"path": folder}):
             path = f"{folder}/{device['name']}"
             if "balloon" in str(device["type"]) and _property(monitor, path, "free-page-reporting"):
-                found.append(Refusal("its balloon reports free pages, which discards RAM", "free-page-reporting=off"))
+                found.append(Refusal("its balloon reports free pages, which discards RAM", _NO_REPORTING))
     return found
 
 
