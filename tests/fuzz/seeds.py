@@ -23,8 +23,13 @@ from image_writers import (
     vmware_state,
 )
 from odd_cores import PAGE, Header, Segment, core, pattern
+from odd_dumps import PACKERS, flattened, in_pieces, kdump, packed
 
-RANGES = [(0, pattern(1, 3)), (0x100000, pattern(4, 2))]
+RANGES = [(0, pattern(1, 2)), (0x100000, pattern(3))]
+FIVE_PAGES = [(0, pattern(1, 3)), (0x100000, pattern(4, 2))]
+"""What the file next to a seed of two files has."""
+
+PAGES = pattern(1), pattern(2)
 
 
 def seeds() -> dict[str, bytes]:
@@ -37,18 +42,23 @@ def seeds() -> dict[str, bytes]:
         "elfcore-counted-in-section": core(counted, Header(phnum=0xFFFF, shoff=64 + 56 * len(counted))),
         "xl-core-hvm": XlCore(RANGES, padding_pages=1).packed(),
         "xl-core-pv": XlCore(RANGES, pv=True).packed(),
+        **{
+            f"kdump-{way}": kdump(dict.fromkeys([0, 5], packed(PAGES[0], way)) | {9: packed(PAGES[1], way)})
+            for way in PACKERS
+        },
+        "kdump-flattened": flattened(in_pieces(kdump({2: packed(PAGES[0], "zlib")}), 5000)),
         "lime-ranges": lime(RANGES),
         "lime-partial-pages": lime_range(100, pattern(1, 2)) + lime_range(3 * PAGE, pattern(3)[:-300]),
         "avml-ranges": avml(RANGES),
         "avml-partial-pages": avml_range(100, pattern(1, 2)) + avml_range(3 * PAGE, pattern(3)[:-300]),
         "avml-two-pieces": avml_range(0, pattern(1, 17)),
-        "cloud-hypervisor-state": cloud_hypervisor(RANGES)["state.json"],
-        "firecracker-1.10": firecracker(RANGES, release="1.10")[1],
-        "firecracker-1.13": firecracker(RANGES, release="1.13")[1],
-        "firecracker-1.14": firecracker(RANGES, release="1.14")[1],
-        "vmware-regions": vmware(RANGES)[1],
+        "cloud-hypervisor-state": cloud_hypervisor(FIVE_PAGES)["state.json"],
+        "firecracker-1.10": firecracker(FIVE_PAGES, release="1.10")[1],
+        "firecracker-1.13": firecracker(FIVE_PAGES, release="1.13")[1],
+        "firecracker-1.14": firecracker(FIVE_PAGES, release="1.14")[1],
+        "vmware-regions": vmware(FIVE_PAGES)[1],
         "vmware-memory-inside": vmware_state(
-            {b"memory": vmware_regions(RANGES) + vmware_block(b"Memory", pattern(1, 5), 0, 0, padding=9)}
+            {b"memory": vmware_regions(FIVE_PAGES) + vmware_block(b"Memory", pattern(1, 5), 0, 0, padding=9)}
         ),
         "raw-pages": pattern(1, 2),
     }

@@ -23,7 +23,9 @@ from memshr.images.elfcore import ElfCore
 from memshr.images.file import Contents, FolderFormat, ImageFile, ImageFormat
 from memshr.images.firecracker import Firecracker
 from memshr.images.image import MemoryImage
+from memshr.images.kdump import Kdump
 from memshr.images.lime import Lime
+from memshr.images.mappedram import MappedRam
 from memshr.images.raw import Raw
 from memshr.images.vmware import Vmware
 from memshr.images.xlcore import XlCore
@@ -33,6 +35,8 @@ __all__ = ["FORMATS", "MemoryImage", "open_image"]
 FORMATS: tuple[ImageFormat, ...] = (
     XlCore(),  # before elfcore: an ELF core, too
     ElfCore(),
+    Kdump(),
+    MappedRam(),
     Lime(),
     Avml(),
     Vmware(),
