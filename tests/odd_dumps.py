@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cramjam
 import lzallright
@@ -148,3 +148,85 @@ def flattened(pieces: Sequence[tuple[int, bytes]], end: bytes = END, *, kind: in
 def in_pieces(contents: bytes, length: int) -> list[tuple[int, bytes]]:
     """A dump cut into pieces of ``length`` bytes."""
     return [(start, contents[start : start + length]) for start in range(0, len(contents), length)]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A memory block of a mapped-ram file. What is None follows from ``pages``.
+
+    :param pages: page number -> contents, of the pages whose bits are set.
+    :param stale: page number -> what lies in the place of a page whose bit is not set.
+    """
+
+    name: str
+    length_pages: int
+    pages: Mapping[int, bytes]
+    stale: Mapping[int, bytes] = field(default_factory=dict)
+    used_bytes: int | None = None
+    version: int = 1
+    page_size: int = PAGE
+    bitmap_offset: int | None = None
+    pages_offset: int | None = None
+
+
+CAPABILITIES = ("mapped-ram",)
+
+
+def configuration(
+    machine: str = "pc-i440fx-9.0", capabilities: Sequence[str] = CAPABILITIES, more: bytes = b""
+) -> bytes:
+    """The configuration section of a migration stream."""
+    content = b"\x07" + struct.pack(">I", len(machine)) + machine.encode()
+    if capabilities:
+        content += subsection(
+            "configuration/capabilities",
+            struct.pack(">I", len(capabilities))
+            + b"".join(bytes([len(name)]) + name.encode() for name in capabilities),
+        )
+    return content + more
+
+
+def subsection(name: str, content: bytes) -> bytes:
+    """A part of the configuration section."""
+    return b"\x05" + bytes([len(name)]) + name.encode() + struct.pack(">I", 1) + content
+
+
+def mapped_ram(
+    blocks: Sequence[Block],
+    before: bytes | None = None,
+    *,
+    start: bytes = b"QEVM\0\0\0\3",
+    section: bytes = b"\1" + struct.pack(">I", 2) + b"\3ram" + struct.pack(">II", 0, 4),
+    total_bytes: int | None = None,
+    flags: int = 4,
+) -> bytes:
+    """A migration file with mapped-ram: QEMU's migration/ram.c, ``mapped_ram_setup_ramblock``.
+
+    :param before: what comes before the section of the RAM; default: a configuration.
+    """
+    total = sum(block.length_pages * PAGE for block in blocks) if total_bytes is None else total_bytes
+    out = bytearray(
+        start + (configuration() if before is None else before) + section + struct.pack(">Q", total | flags)
+    )
+    for block in blocks:
+        used = block.length_pages * PAGE
+        name = block.name.encode()
+        out += bytes([len(name)]) + name + struct.pack(">Q", used if block.used_bytes is None else block.used_bytes)
+        bitmap_offset = len(out) + 28
+        words = -(-block.length_pages // 64)
+        pages_offset = -(-(bitmap_offset + 8 * words) // (1 << 20)) << 20
+        out += struct.pack(
+            ">IQQQ",
+            block.version,
+            block.page_size,
+            bitmap_offset if block.bitmap_offset is None else block.bitmap_offset,
+            pages_offset if block.pages_offset is None else block.pages_offset,
+        )
+        bitmap = bytearray(8 * words)
+        for number in block.pages:
+            bitmap[number // 8] |= 1 << number % 8
+        out += bitmap
+        out += bytes(pages_offset - len(out) + used)
+        for number, page in (*block.pages.items(), *block.stale.items()):
+            out[pages_offset + number * PAGE : pages_offset + (number + 1) * PAGE] = page
+    return bytes(out) + struct.pack(">QBI", 0x10, 0x7E, 2)

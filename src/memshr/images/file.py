@@ -110,6 +110,12 @@ class Contents:
                 self._holes = self._found_holes()
             return self._holes
 
+    def in_hole(self, offset: int, length: int) -> bool:
+        """Whether all of these bytes lie in one hole, so that they need not be read to be known for zeros."""
+        holes = self.holes()
+        hole = int(np.searchsorted(holes[:, 0], offset, side="right")) - 1
+        return hole >= 0 and offset + length <= int(holes[hole, 1])
+
     def _found_holes(self) -> NDArray[np.int64]:
         found = array.array("q")
         descriptor, place = self.fileno(), 0

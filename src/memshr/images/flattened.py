@@ -88,6 +88,11 @@ class PiecedFile:
         places[(piece < 0) | (offsets + lengths > self._ends[piece])] = -1
         return places
 
+    def in_hole(self, offset: int, length: int) -> bool:
+        """Whether all of these bytes are known for zeros without reading them."""
+        place = int(self.places(np.array([offset]), np.array([length]))[0])
+        return place >= 0 and self.file.in_hole(place, length)
+
 
 def in_order(file: ImageFile) -> PiecedFile:
     """A flattened file, put in order. Costs a walk along its pieces, and 24 bytes for each.

@@ -68,7 +68,7 @@ _INCOMPLETE = 0x8
 _PACKED = 0x1 | 0x2 | 0x4 | 0x20
 
 _BATCH_PAGES = 2048
-_BITMAP_BYTES = 1 << 20
+_BITMAP_BYTES = 1 << 18
 """How much of a bitmap is looked at in one go."""
 _GAP_BYTES = 1 << 14
 """Pages that are further apart in the file than this are read one by one."""
@@ -192,29 +192,25 @@ def _places(dump: PiecedFile) -> tuple[int, int, int]:
     )
 
 
-def _bitmap(dump: PiecedFile, offset: int, length: int) -> Iterator[NDArray[np.uint8]]:
+def _bitmap(dump: PiecedFile, offset: int, length: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """The parts of the bitmap that may have a bit set, and the gfn that each begins with."""
     for start in range(0, length, _BITMAP_BYTES):
-        yield dump.records(np.dtype(np.uint8), offset + start, min(_BITMAP_BYTES, length - start), "the second bitmap")
+        part = min(_BITMAP_BYTES, length - start)
+        if not dump.in_hole(offset + start, part):
+            yield start * 8, dump.records(np.dtype(np.uint8), offset + start, part, "the second bitmap")
 
 
 def _counted(dump: PiecedFile, offset: int, length: int) -> int:
     """How many bits are set."""
-    return sum(int(_BITS[part].sum(dtype=np.int64)) for part in _bitmap(dump, offset, length) if part.any())
+    return sum(int(_BITS[part].sum(dtype=np.int64)) for _, part in _bitmap(dump, offset, length))
 
 
 def _gfns(dump: PiecedFile, offset: int, length: int) -> Iterator[Gfns]:
     """The gfns whose bits are set, ascending, at most _BATCH_PAGES at a time."""
-    first = 0
-    for part in _bitmap(dump, offset, length):
-        if not part.any():
-            first += len(part) * 8
-            continue
-        for start in range(0, len(part), _BATCH_PAGES):
-            bits = np.unpackbits(part[start : start + _BATCH_PAGES], bitorder="little")
-            gfns = np.flatnonzero(bits).astype(np.int64) + first
-            for batch in range(0, len(gfns), _BATCH_PAGES):
-                yield gfns[batch : batch + _BATCH_PAGES]
-            first += len(bits)
+    for first, part in _bitmap(dump, offset, length):
+        gfns = np.flatnonzero(np.unpackbits(part, bitorder="little")) + first
+        for start in range(0, len(gfns), _BATCH_PAGES):
+            yield gfns[start : start + _BATCH_PAGES]
 
 
 def _pages(dump: PiecedFile, table_offset: int, count: int) -> PageBytes:
@@ -251,7 +247,8 @@ def _pages(dump: PiecedFile, table_offset: int, count: int) -> PageBytes:
                 offset=table_offset + number * _DESCRIPTOR.itemsize,
                 remedy=_WRITE_AGAIN,
             )
-    return pages if len(pages) == count else pages[inverse]
+    in_order_already = len(pages) == count and bool((inverse[1:] > inverse[:-1]).all())
+    return pages if in_order_already else pages[inverse]
 
 
 def _packed(dump: PiecedFile, table: NDArray[Any]) -> Iterator[memoryview]:

@@ -23,6 +23,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.errors import ImageError
 from memshr.images.file import RUN, ZEROS, ImageFile, Layout, checked_runs
 from memshr.types import MAX_GFN_BITS, PAGE_SHIFT, PAGE_SIZE
 
@@ -47,7 +48,7 @@ _DEVICE_NAMES = ("pc.bios", "pc.rom")
 _DEVICE_ENDINGS = (".rom", ".vram", ".bios", ".flash0", ".flash1")
 
 _MAX_BLOCKS = 4096
-_BITMAP_BYTES = 1 << 20
+_BITMAP_BYTES = 1 << 16
 _DUMP = "dump the guest instead: dump-guest-memory, or migrate with mapped-ram (QEMU 9.0 and newer)"
 _WRITE_AGAIN = "write or copy the image again"
 
@@ -106,7 +107,7 @@ class _Stream:
         """A name with one byte for its length before it."""
         return self.take(self.number(1, what), what).decode(errors="backslashreplace")
 
-    def damaged(self, problem: str, place: int) -> Exception:
+    def damaged(self, problem: str, place: int) -> ImageError:
         return self.file.error(f"damaged: {problem}", offset=place, remedy=_WRITE_AGAIN)
 
 
@@ -194,8 +195,17 @@ def _read_blocks(stream: _Stream) -> list[_Block]:
             raise stream.file.error(f"not supported: pages of {page_size} bytes", offset=place, remedy=_DUMP)
         if not 0 < used_bytes <= left or used_bytes % PAGE_SIZE:
             raise stream.damaged(f"memory block {name!r} of {used_bytes} bytes", place)
-        if pages_offset + used_bytes <= stream.place or len(blocks) == _MAX_BLOCKS:
+        if pages_offset < stream.place:
             raise stream.damaged(f"memory block {name!r} lies at {pages_offset:#x}, before its header", place)
+        if pages_offset + used_bytes > stream.file.size:
+            end = pages_offset + used_bytes
+            raise stream.file.error(
+                f"truncated: memory block {name!r} should reach to {end:#x}, the file ends at {stream.file.size:#x}",
+                offset=place,
+                remedy=_WRITE_AGAIN,
+            )
+        if len(blocks) == _MAX_BLOCKS:
+            raise stream.damaged(f"more than {_MAX_BLOCKS} memory blocks", place)
         blocks.append(_Block(name, used_bytes, bitmap_offset, pages_offset))
         left -= used_bytes
         stream.place = pages_offset + used_bytes
@@ -224,20 +234,22 @@ def _runs(file: ImageFile, block: _Block, first_gfn: int, below: int) -> NDArray
     parts = []
     length = -(-pages // 8)
     for start in range(0, length, _BITMAP_BYTES):
-        bitmap = file.records(
-            np.dtype(np.uint8),
-            block.bitmap_offset + start,
-            min(_BITMAP_BYTES, length - start),
-            f"the bitmap of memory block {block.name!r}",
-        )
-        page = start * 8
-        bits = np.unpackbits(bitmap, count=min(len(bitmap) * 8, pages - page), bitorder="little")
-        edges = np.flatnonzero(np.diff(bits)) + 1
-        edges = np.concatenate([[0], edges, [below - page] if 0 < below - page < len(bits) else []]).astype(np.int64)
-        edges = np.unique(edges)
+        page, here = start * 8, min(_BITMAP_BYTES, length - start)
+        count = min(here * 8, pages - page)
+        if file.in_hole(block.bitmap_offset + start, here):
+            edges, stored = np.zeros(1, np.int64), np.zeros(1, np.uint8)
+        else:
+            what = f"the bitmap of memory block {block.name!r}"
+            bitmap = file.records(np.dtype(np.uint8), block.bitmap_offset + start, here, what)
+            bits = np.unpackbits(bitmap, count=count, bitorder="little")
+            edges = np.append(0, np.flatnonzero(np.diff(bits)) + 1)
+            stored = bits[edges]
+        if 0 < below - page < count and below - page not in edges:
+            cut = int(np.searchsorted(edges, below - page))
+            edges, stored = np.insert(edges, cut, below - page), np.insert(stored, cut, stored[cut - 1])
         runs = np.empty(len(edges), RUN)
         runs["gfn"] = edges + page + first_gfn + np.where(edges + page >= below, shift, 0)
-        runs["pages"] = np.diff(edges, append=len(bits))
-        runs["offset"] = np.where(bits[edges], block.pages_offset + (edges + page) * PAGE_SIZE, ZEROS)
+        runs["pages"] = np.diff(edges, append=count)
+        runs["offset"] = np.where(stored, block.pages_offset + (edges + page) * PAGE_SIZE, ZEROS)
         parts.append(runs)
     return np.concatenate(parts)
