@@ -23,13 +23,19 @@ from image_writers import (
     vmware_state,
 )
 from odd_cores import PAGE, Header, Segment, core, pattern
-from odd_dumps import PACKERS, flattened, in_pieces, kdump, packed
+from odd_dumps import PACKERS, Block, flattened, in_pieces, kdump, mapped_ram, packed
 
 RANGES = [(0, pattern(1, 2)), (0x100000, pattern(3))]
 FIVE_PAGES = [(0, pattern(1, 3)), (0x100000, pattern(4, 2))]
 """What the file next to a seed of two files has."""
 
 PAGES = pattern(1), pattern(2)
+
+
+def _mapped_ram() -> bytes:
+    """A migration file of three pages, of which one is zero, without the gap of 1 MiB that QEMU leaves before them."""
+    whole = mapped_ram([Block("pc.ram", 3, {0: PAGES[0], 2: PAGES[1]}, pages_offset=PAGE)])
+    return whole[:PAGE] + PAGES[0] + bytes(PAGE) + PAGES[1]
 
 
 def seeds() -> dict[str, bytes]:
@@ -47,6 +53,7 @@ def seeds() -> dict[str, bytes]:
             for way in PACKERS
         },
         "kdump-flattened": flattened(in_pieces(kdump({2: packed(PAGES[0], "zlib")}), 5000)),
+        "mapped-ram-one-block": _mapped_ram(),
         "lime-ranges": lime(RANGES),
         "lime-partial-pages": lime_range(100, pattern(1, 2)) + lime_range(3 * PAGE, pattern(3)[:-300]),
         "avml-ranges": avml(RANGES),
