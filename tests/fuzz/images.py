@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ MAX_UNPACKED_BYTES = 256 << 20
 """No file that a reader makes may grow beyond that (RLIMIT_FSIZE)."""
 MAX_MEMORY_MIB = 1024
 MAX_SECONDS_EACH = 10
+FORMAT_NAMES = tuple(row.name for row in FORMATS)
 ROWS = 64
 """Pages of an image that are read at its start, and at its end."""
 
@@ -40,8 +42,8 @@ STATE_FILES = {
 """First bytes of an input that describes pages in another file -> its name, and that of five pages next to it."""
 
 
-def exercise(data: bytes, folder: Path) -> list[str]:
-    """Open the bytes as an image, by detection and as each format, and read from it.
+def exercise(data: bytes, folder: Path, *, formats: Sequence[str] = FORMAT_NAMES) -> list[str]:
+    """Open the bytes as an image, by detection and as each of ``formats``, and read from it.
 
     :param folder: an empty folder, which is empty again afterwards.
     :returns: the formats as which it could be opened; the one that was detected is first.
@@ -54,8 +56,9 @@ def exercise(data: bytes, folder: Path) -> list[str]:
         path = folder / memory
         path.write_bytes(pattern(1, 5))
     try:
-        formats = [None, *(row.name for row in FORMATS)]
-        found = [opened for format_name in formats if (opened := _open_and_read(path, format_name)) is not None]
+        found = [
+            opened for format_name in (None, *formats) if (opened := _open_and_read(path, format_name)) is not None
+        ]
         assert all((folder / file).exists() for file in (name, memory or name))
         assert path.read_bytes() == (pattern(1, 5) if memory else data)
         return found
