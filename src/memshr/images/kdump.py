@@ -73,6 +73,8 @@ _BITMAP_BYTES = 1 << 18
 _GAP_BYTES = 1 << 14
 """Pages that are further apart in the file than this are read one by one."""
 
+_Pages = tuple[PageBytes, NDArray[np.intp]]
+
 _BITS = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 _WRITE_AGAIN = "write or copy the image again"
 
@@ -107,7 +109,7 @@ class Kdump:
         unpacked = Unpacked(file)
         try:
             with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-                waiting: deque[tuple[Gfns, Future[PageBytes]]] = deque()
+                waiting: deque[tuple[Gfns, Future[_Pages]]] = deque()
                 done = 0
                 try:
                     for gfns in _gfns(dump, bitmap_offset, bitmap_bytes):
@@ -126,9 +128,10 @@ class Kdump:
             raise
 
 
-def _finish(unpacked: Unpacked, waiting: deque[tuple[Gfns, Future[PageBytes]]]) -> None:
-    gfns, pages = waiting.popleft()
-    unpacked.add(gfns, pages.result())
+def _finish(unpacked: Unpacked, waiting: deque[tuple[Gfns, Future[_Pages]]]) -> None:
+    gfns, future = waiting.popleft()
+    pages, rows = future.result()
+    unpacked.add(gfns, pages, rows)
 
 
 def _places(dump: PiecedFile) -> tuple[int, int, int]:
@@ -151,7 +154,7 @@ def _places(dump: PiecedFile) -> tuple[int, int, int]:
         raise file.error(
             f"not supported: {problem}",
             offset=place,
-            remedy="memshr reads dumps of 64-bit x86 machines; QEMU writes one once the guest runs in 64-bit mode",
+            remedy="memshr reads dumps of 64-bit x86 machines",
         )
     if int(header["status"]) & _INCOMPLETE:
         raise file.error(
@@ -213,8 +216,8 @@ def _gfns(dump: PiecedFile, offset: int, length: int) -> Iterator[Gfns]:
             yield gfns[start : start + _BATCH_PAGES]
 
 
-def _pages(dump: PiecedFile, table_offset: int, count: int) -> PageBytes:
-    """The pages of ``count`` descriptors, unpacked; those that several descriptors name are unpacked once."""
+def _pages(dump: PiecedFile, table_offset: int, count: int) -> _Pages:
+    """The distinct pages of ``count`` descriptors, unpacked, and which of them each descriptor names."""
     table = dump.records(_DESCRIPTOR, table_offset, count, "a page descriptor")
 
     def refuse(bad: NDArray[np.bool_], problem: str) -> None:
@@ -247,8 +250,7 @@ def _pages(dump: PiecedFile, table_offset: int, count: int) -> PageBytes:
                 offset=table_offset + number * _DESCRIPTOR.itemsize,
                 remedy=_WRITE_AGAIN,
             )
-    in_order_already = len(pages) == count and bool((inverse[1:] > inverse[:-1]).all())
-    return pages if in_order_already else pages[inverse]
+    return pages, inverse
 
 
 def _packed(dump: PiecedFile, table: NDArray[Any]) -> Iterator[memoryview]:
