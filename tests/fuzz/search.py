@@ -20,7 +20,7 @@ def main() -> None:
         folder = Path(name)
 
         def one_input(data: bytes) -> None:
-            # As one more format besides the one that is detected: with all of them there are a third as many inputs a second.
+            # As one more format besides the one that is detected: with all of them a third as many inputs are tried.
             exercise(data, folder, formats=[FORMAT_NAMES[zlib.crc32(data) % len(FORMAT_NAMES)]])
 
         atheris.Setup(sys.argv, one_input)

@@ -4,7 +4,7 @@
 the memory manager, which is JSON in a string in the JSON of ``state.json``. Memory that the user put into files of
 their own, or shares, is not in a snapshot and so not in this image.
 
-Releases before 29 wrote that state in a binary form of their own, which is refused.
+Releases before mid-2024 (pull request 6371) wrote that state in a binary form, which is refused.
 
 Layout: Cloud Hypervisor, vm-migration/src/lib.rs ``Snapshot`` and ``SnapshotData``, vm-migration/src/protocol.rs
 ``MemoryRangeTable``, vmm/src/memory_manager.rs ``MemoryManagerSnapshotData``.
@@ -83,7 +83,7 @@ def _table(state: ImageFile) -> list[Any]:
     if not isinstance(text, str):
         raise state.error(
             "not supported: the memory manager's state is in a binary form",
-            remedy="take the snapshot with Cloud Hypervisor 29 or newer",
+            remedy="take the snapshot with Cloud Hypervisor of mid-2024 or newer",
         )
     table = _at(_parsed(state, text), "memory_ranges", "data")
     if not isinstance(table, list):
