@@ -1,6 +1,7 @@
 """Opening any path at all, raw images, and what the mapping promises."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -77,6 +78,11 @@ def test_format_overrides_detection(tmp_path: Path) -> None:
 def test_formats_have_names_of_their_own() -> None:
     assert len({row.name for row in FORMATS}) == len(FORMATS)
     assert FORMATS[-1].name == "raw"
+
+
+def test_document_has_a_row_for_each_format() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "images.md").read_text()
+    assert sorted(re.findall(r"^\| `([a-z][a-z-]*)` \|", document, re.MULTILINE)) == sorted(row.name for row in FORMATS)
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from image_writers import XlCore, avml, cloud_hypervisor, firecracker, lime, vmware, write_files
 from memshr.images import FORMATS, MemoryImage, open_image
 from odd_cores import PAGE, Segment, core, pattern, write
+from odd_dumps import kdump, packed
 
 LOW = pattern(1, 70) + pattern(1, 3) + bytes(20 * PAGE) + np.random.default_rng(6).bytes(60 * PAGE)
 HIGH = bytes(PAGE) + pattern(1, 30) + pattern(500, 10)
@@ -37,8 +38,14 @@ def vmem(folder: Path) -> Path:
     return write(folder / "guest.vmem", memory)
 
 
+def gathered(folder: Path) -> Path:
+    pages = {gfn + n: data[n * PAGE : (n + 1) * PAGE] for gfn, data in GUEST for n in range(len(data) // PAGE)}
+    return write(folder / "dump", kdump({gfn: packed(page, "zlib") for gfn, page in pages.items()}))
+
+
 WAYS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "elfcore": ("elfcore", elf),
+    "kdump": ("kdump", gathered),
     "xl-core": ("xl-core", xl),
     "xl-core of a PV guest": ("xl-core", lambda folder: xl(folder, pv=True)),
     "lime": ("lime", lambda folder: write(folder / "image.lime", lime(GUEST))),

@@ -11,7 +11,7 @@ is not found that way is a raw image: the same pages, and only the gfns above th
 
 Layout: Firecracker, src/vmm/src/snapshot/mod.rs ``SNAPSHOT_MAGIC_ID``; ``GuestMemoryRegionState`` in
 src/vmm/src/vstate/memory.rs, with the fields that releases up to 1.10, 1.11 to 1.13, and 1.14 have. All of them write
-integers with their full width.
+integers with their full width. A state file that packs them otherwise, as is planned after 1.15, is not found.
 """
 
 from __future__ import annotations
