@@ -20,6 +20,7 @@ from memshr.backends import (
 from memshr.cli.options import print_json, sharing_options
 from memshr.cli.session import exit_with, print_report, run_session
 from memshr.embedded import EmbeddedHypervisor
+from memshr.sharing.session import SharingOptions
 
 
 @click.command()
@@ -37,7 +38,7 @@ def estimate(
     temporary file first (TMPDIR says where), each page as it was when it was read.
     """
     with _open(sources, image_format) as hypervisor:
-        report = run_session(hypervisor, groups, max_sharers=max_sharers)
+        report = run_session(hypervisor, groups, SharingOptions(max_sharers=max_sharers))
     if as_json:
         print_json(report.to_dict())
     else:
