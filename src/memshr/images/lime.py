@@ -71,22 +71,22 @@ def range_at(file: ImageFile, offset: int, number: int, *, magic: bytes, version
     """
     if number >= MAX_RANGES:
         raise file.error(f"damaged: more than {MAX_RANGES} ranges", offset=offset, remedy=WRITE_AGAIN)
-    header = file.records(HEADER, offset, 1, f"the header of range {number}")[0]
-    if header["magic"].tobytes() != magic:
+    header = file.records(HEADER, offset, 1, f"the header of range {number}")
+    found, found_version, start, last, reserved = header[0].tolist()
+    if found != int.from_bytes(magic, "little"):
         what = "no image of this format" if not offset else f"damaged: range {number} has no header"
         raise file.error(
             f"{what}: {magic.decode()!r} is missing",
             offset=offset,
             remedy=WRITE_AGAIN if offset else "leave --format out",
         )
-    if header["version"] != version:
+    if found_version != version:
         raise file.error(
-            f"not supported: version {header['version']} of the format, memshr reads {version}",
+            f"not supported: version {found_version} of the format, memshr reads {version}",
             offset=offset + 4,
             remedy="write the image with another release of the tool",
         )
-    start, last = int(header["start"]), int(header["last"])
-    if last < start or header["reserved"]:
+    if last < start or reserved:
         raise file.error(f"damaged: the header of range {number}", offset=offset, remedy=WRITE_AGAIN)
     if last >= PAGE_SIZE << MAX_GFN_BITS:
         raise file.error(
