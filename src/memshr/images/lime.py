@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from memshr.errors import ImageError
 from memshr.images.file import RUN, ImageFile, Layout, checked_runs
 from memshr.types import MAX_GFN_BITS, PAGE_SIZE
 
@@ -104,6 +105,6 @@ def whole_pages(start: int, size: int) -> tuple[int, int, int]:
     return first_gfn, (first_gfn * PAGE_SIZE - start if pages else 0), pages
 
 
-def no_pages(file: ImageFile) -> Exception:
-    """The ImageError for an image in which no whole page is."""
+def no_pages(file: ImageFile) -> ImageError:
+    """The error for an image in which no whole page is."""
     return file.error("it holds no memory: no range has a whole page in it", remedy=WRITE_AGAIN)

@@ -54,9 +54,7 @@ class Vmware:
 
     def detect(self, file: ImageFile) -> bool:
         """Whether it is a state file, or a ``.vmem`` next to one of the same name."""
-        if file.starts_with(_MAGICS[0]) or any(file.starts_with(magic) for magic in _MAGICS):
-            return True
-        return file.path.suffix.lower() == ".vmem" and _state_of(file) is not None
+        return _is_state(file) or (file.path.suffix.lower() == ".vmem" and _state_of(file) is not None)
 
     def layout(self, file: ImageFile) -> Layout:
         """The regions that the state file lists; all of the ``.vmem``, from address 0 on, if it lists none.
@@ -64,7 +62,7 @@ class Vmware:
         :raises ImageError: a file of the two is missing, the state file is damaged or its memory compressed, or regions
             overlap or go beyond the end.
         """
-        is_state = any(file.starts_with(magic) for magic in _MAGICS)
+        is_state = _is_state(file)
         state = file if is_state else _state_of(file)
         if state is None:
             raise file.error(
@@ -88,12 +86,16 @@ class Vmware:
         return Layout(checked, contents)
 
 
+def _is_state(file: ImageFile) -> bool:
+    return any(file.starts_with(magic) for magic in _MAGICS)
+
+
 def _state_of(vmem: ImageFile) -> ImageFile | None:
     """The state file of a ``.vmem``, open."""
     for suffix in _STATE_SUFFIXES:
         with contextlib.suppress(ImageError):
             state = vmem.beside(vmem.path.with_suffix(suffix))
-            if any(state.starts_with(magic) for magic in _MAGICS):
+            if _is_state(state):
                 return state
     return None
 
