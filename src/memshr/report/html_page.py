@@ -175,7 +175,7 @@ def _parts(estimate: Estimate) -> list[_Part]:
             "Changed while being looked at, or could not be read; in no other figure.",
         ),
     ]
-    always = {"zero", "intra", "inter", "unique"}
+    always = {"zero", "intra", "unique"} | ({"inter"} if len(estimate.domains) > 1 else set())
     return [part for part in parts if part.pages or part.colour in always]
 
 
