@@ -25,7 +25,8 @@ class PageState(enum.IntEnum):
     STORED = 0
     """It has contents, which ``read`` gives."""
     HOLE = 1
-    """It lies in a hole of a sparse file, so it holds zeros. Nobody can tell whether the host had memory behind it."""
+    """It holds zeros, and the file stores nothing for it (mostly: it lies in a hole of a sparse file). Nobody can tell
+    whether the host had memory behind it."""
     ABSENT = 2
     """Live memory that the host has not backed: it costs nothing, so it can save nothing."""
     HUGE = 3
