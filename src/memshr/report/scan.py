@@ -1,0 +1,138 @@
+"""The first look of an estimate: the fingerprint of every page that has contents."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memshr.report.population import Population, page_buffer
+from memshr.report.reading import Readers
+from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprints
+from memshr.sharing.scan import FingerprintPages
+from memshr.sources import PageState, Rows
+from memshr.types import PAGE_SIZE, PageBytes
+
+_TASK_PAGES = 2048
+"""8 MiB: what a thread takes at once."""
+_PIECE_PAGES = 128
+"""512 KiB are read and then fingerprinted, so that they are still in the second-level cache."""
+
+
+class Verdict(enum.IntEnum):
+    """What is known of a page. Pages with contents are OPEN until they are found unique or shared."""
+
+    OPEN = 0
+    ZERO = 1
+    HOLE = 2
+    ABSENT = 3
+    VOLATILE = 4
+    UNREADABLE = 5
+    NOT_LOOKED_AT = 6
+    """Not in the sample."""
+
+
+@dataclass(slots=True)
+class Findings:
+    """What is known of all rows, shape ``(rows,)`` each.
+
+    :param fingerprints: 0 for every page that is not OPEN.
+    :param huge: parts of huge pages, where that is known.
+    """
+
+    verdicts: NDArray[np.uint8]
+    fingerprints: Fingerprints
+    huge: NDArray[np.bool_]
+    pages_read: int = 0
+
+    def drop(self, rows: Rows, verdict: Verdict) -> None:
+        """These pages are not OPEN any more."""
+        self.verdicts[rows] = verdict
+        self.fingerprints[rows] = ZERO_PAGE_FINGERPRINT
+
+
+_VERDICTS = np.array(
+    [
+        {PageState.HOLE: Verdict.HOLE, PageState.ABSENT: Verdict.ABSENT}.get(state, Verdict.OPEN)
+        for state in sorted(PageState)
+    ],
+    np.uint8,
+)
+
+
+def survey(population: Population) -> Findings:
+    """What can be known without reading pages.
+
+    :raises MemshrError: a source is gone.
+    """
+    states = population.states()
+    return Findings(_VERDICTS[states], np.zeros(population.rows, np.uint64), states == PageState.HUGE)
+
+
+def scan(
+    population: Population,
+    findings: Findings,
+    fingerprint_pages: FingerprintPages,
+    readers: Readers,
+    advance: Callable[[int], None],
+) -> None:
+    """Fingerprint every OPEN page; zero pages and those that cannot be read get their verdict.
+
+    :param fingerprint_pages: with one thread, since this has its own.
+    :raises MemshrError: a source is gone, or has changed although it is not live.
+
+    Cost: the bandwidth of reading; pages that are not OPEN are not read.
+    """
+    verdicts, fingerprints = findings.verdicts, findings.fingerprints
+
+    def look(rows: slice, buffer: PageBytes) -> None:
+        for first in range(rows.start, rows.stop, _PIECE_PAGES):
+            piece = slice(first, min(first + _PIECE_PAGES, rows.stop))
+            chosen = np.flatnonzero(verdicts[piece] == Verdict.OPEN) + first
+            if not len(chosen):
+                continue
+            contents = buffer[: len(chosen)]
+            readers.before_reading(len(chosen) * PAGE_SIZE)
+            readable = population.read(chosen, contents)
+            found = fingerprint_pages(contents)
+            if not readable.all():
+                verdicts[chosen[~readable]] = Verdict.UNREADABLE
+                chosen, found = chosen[readable], found[readable]
+            fingerprints[chosen] = found
+            verdicts[chosen[found == ZERO_PAGE_FINGERPRINT]] = Verdict.ZERO
+        advance(rows.stop - rows.start)
+
+    findings.pages_read += int(np.count_nonzero(verdicts == Verdict.OPEN))
+    readers.run(_tasks(population.rows), look, lambda: page_buffer(_PIECE_PAGES))
+
+
+def look_again_at_zeros(
+    population: Population,
+    findings: Findings,
+    fingerprint_pages: FingerprintPages,
+    readers: Readers,
+) -> None:
+    """Read the zero pages of live sources once more; those that are zero no longer are VOLATILE."""
+    for number in np.flatnonzero(population.live).tolist():
+        ours = population.slice_of(number)
+        zeros = np.flatnonzero(findings.verdicts[ours] == Verdict.ZERO) + ours.start
+        findings.pages_read += len(zeros)
+
+        def look(part: slice, buffer: PageBytes, zeros: Rows = zeros) -> None:
+            rows = zeros[part]
+            readers.before_reading(len(rows) * PAGE_SIZE)
+            readable = population.read(rows, buffer[: len(rows)])
+            changed = fingerprint_pages(buffer[: len(rows)]) != ZERO_PAGE_FINGERPRINT
+            findings.verdicts[rows[changed]] = Verdict.VOLATILE
+            findings.verdicts[rows[~readable]] = Verdict.UNREADABLE
+
+        parts = [slice(first, first + _PIECE_PAGES) for first in range(0, len(zeros), _PIECE_PAGES)]
+        readers.run(parts, look, lambda: page_buffer(_PIECE_PAGES))
+
+
+def _tasks(rows: int) -> Iterator[slice]:
+    for first in range(0, rows, _TASK_PAGES):
+        yield slice(first, min(first + _TASK_PAGES, rows))
