@@ -18,8 +18,8 @@ from memshr.types import PAGE_SIZE, PageBytes
 
 _TASK_PAGES = 2048
 """8 MiB: what a thread takes at once."""
-_PIECE_PAGES = 128
-"""512 KiB are read and then fingerprinted, so that they are still in the second-level cache."""
+_PIECE_PAGES = 256
+"""1 MiB is read and then fingerprinted, so that it is still in the second-level cache."""
 
 
 class Verdict(enum.IntEnum):
@@ -88,25 +88,35 @@ def scan(
     """
     verdicts, fingerprints = findings.verdicts, findings.fingerprints
 
-    def look(rows: slice, buffer: PageBytes) -> None:
-        for first in range(rows.start, rows.stop, _PIECE_PAGES):
-            piece = slice(first, min(first + _PIECE_PAGES, rows.stop))
-            chosen = np.flatnonzero(verdicts[piece] == Verdict.OPEN) + first
-            if not len(chosen):
-                continue
-            contents = buffer[: len(chosen)]
-            readers.before_reading(len(chosen) * PAGE_SIZE)
-            readable = population.read(chosen, contents)
-            found = fingerprint_pages(contents)
-            if not readable.all():
-                verdicts[chosen[~readable]] = Verdict.UNREADABLE
-                chosen, found = chosen[readable], found[readable]
-            fingerprints[chosen] = found
-            verdicts[chosen[found == ZERO_PAGE_FINGERPRINT]] = Verdict.ZERO
-        advance(rows.stop - rows.start)
+    def look(task: _Task, buffer: PageBytes) -> None:
+        source = population.subjects[task.subject].pages
+        for first in range(task.first_row, task.end_row, _PIECE_PAGES):
+            piece = slice(first, min(first + _PIECE_PAGES, task.end_row))
+            is_open = verdicts[piece] == Verdict.OPEN
+            if is_open.all():  # the common case, without arrays of row numbers
+                contents = buffer[: piece.stop - first]
+                readers.before_reading(contents.nbytes)
+                note(piece, source.read_run(first - task.base, contents), contents)
+            elif is_open.any():
+                chosen = np.flatnonzero(is_open) + first
+                contents = buffer[: len(chosen)]
+                readers.before_reading(contents.nbytes)
+                note(chosen, population.read(chosen, contents), contents)
+        advance(task.end_row - task.first_row)
+
+    def note(rows: slice | Rows, readable: NDArray[np.bool_], contents: PageBytes) -> None:
+        found = fingerprint_pages(contents)
+        if found.all() and readable.all():
+            fingerprints[rows] = found
+            return
+        new = np.where(found == ZERO_PAGE_FINGERPRINT, np.uint8(Verdict.ZERO), np.uint8(Verdict.OPEN))
+        new[~readable] = Verdict.UNREADABLE
+        found[~readable] = ZERO_PAGE_FINGERPRINT
+        verdicts[rows] = new
+        fingerprints[rows] = found
 
     findings.pages_read += int(np.count_nonzero(verdicts == Verdict.OPEN))
-    readers.run(_tasks(population.rows), look, lambda: page_buffer(_PIECE_PAGES))
+    readers.run(_tasks(population), look, lambda: page_buffer(_PIECE_PAGES))
 
 
 def look_again_at_zeros(
@@ -133,6 +143,17 @@ def look_again_at_zeros(
         readers.run(parts, look, lambda: page_buffer(_PIECE_PAGES))
 
 
-def _tasks(rows: int) -> Iterator[slice]:
-    for first in range(0, rows, _TASK_PAGES):
-        yield slice(first, min(first + _TASK_PAGES, rows))
+@dataclass(frozen=True, slots=True)
+class _Task:
+    # Rows of one subject, whose first row is ``base``.
+    subject: int
+    base: int
+    first_row: int
+    end_row: int
+
+
+def _tasks(population: Population) -> Iterator[_Task]:
+    for number in range(len(population.subjects)):
+        ours = population.slice_of(number)
+        for first in range(ours.start, ours.stop, _TASK_PAGES):
+            yield _Task(number, ours.start, first, min(first + _TASK_PAGES, ours.stop))
