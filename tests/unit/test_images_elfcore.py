@@ -165,11 +165,11 @@ REFUSED = {
     ),
     "unaligned address": (core([dataclasses.replace(ONE, paddr=0x4100)]), "not made of whole pages", 64),
     "unaligned size": (core([dataclasses.replace(ONE, filesz=PAGE + 1)]), "not made of whole pages", 64),
-    "overlapping": (core([ONE, Segment(paddr=0x5000, data=pattern(9))]), "program header 1: the segment overlaps", 120),
+    "overlapping": (core([ONE, Segment(paddr=0x5000, data=pattern(9))]), "program header 1: it overlaps", 120),
     "same address twice": (core([ONE, Segment(paddr=0x4000, data=pattern(9))]), "overlaps another", 120),
     "contained": (
         core([Segment(paddr=0x6000, data=pattern(9)), Segment(paddr=0x4000, data=pattern(1, 9))]),
-        "program header 0: the segment overlaps",
+        "program header 0: it overlaps",
         64,
     ),
     "same bytes twice": (

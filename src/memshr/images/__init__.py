@@ -2,23 +2,24 @@
 
 A format is one file in this package, one class in it, and one line in ``FORMATS``. ``open_image`` detects the format by
 asking each class in the order of that table and never looks at the file's name. What comes out is the same for all of
-them: runs of pages that are views of the file, mapped copy-on-write, so that opening costs neither time nor memory
-whatever the size, a domain that is made of an image reads its pages from the file when it first needs them, and what
-the domain writes stays its own.
+them: runs, which say which pages lie where in the file, or in a temporary one where they had to be unpacked. Opening
+costs neither time nor memory for the pages of a file that has them as they are. An image is read in two ways: page by
+page as a ``PageSource``, for estimates; or as extents, mapped copy-on-write, that a domain is made of, which reads its
+pages from the file when it first needs them and keeps what it writes to itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from memshr.errors import ImageError
 from memshr.images.elfcore import ElfCore
-from memshr.images.mapped import ImageFormat, MappedFile
+from memshr.images.file import Contents, FolderFormat, ImageFile, ImageFormat
+from memshr.images.image import MemoryImage
 from memshr.images.raw import Raw
-from memshr.types import Extent
 
 __all__ = ["FORMATS", "MemoryImage", "open_image"]
 
@@ -29,71 +30,42 @@ FORMATS: tuple[ImageFormat, ...] = (
 """Every format that can be read, in the order in which they are asked whether a file is theirs."""
 
 
-class MemoryImage:
-    """An open memory image. ``open_image`` makes them; it is a context manager.
-
-    The pages of ``extents`` are uint8 arrays of shape ``(n, PAGE_SIZE)`` over the mapped file. They are writable, and
-    a write stays in this process: the file never changes. They stay valid after ``close`` for whoever still has them;
-    the mapping goes when the last of them does.
-
-    The operating system kills a process that reads a mapped page which its file no longer has (SIGBUS). Nothing in
-    Python can catch that, so call ``check_unchanged`` before each batch that is read: it finds a file that was
-    truncated or written meanwhile, except for the instant between the check and the read.
-    """
-
-    def __init__(self, file: MappedFile, format_name: str, extents: Sequence[Extent]) -> None:
-        self._file = file
-        self.path: Path = file.path
-        self.format: str = format_name
-        self.extents: Sequence[Extent] = extents
-        """Ascending in gfn, not overlapping, every gfn below ``2 ** MAX_GFN_BITS``, none empty."""
-        self.total_pages: int = sum(len(extent.pages) for extent in extents)
-
-    def __repr__(self) -> str:
-        return f"<MemoryImage {os.fspath(self.path)!r} {self.format}, {self.total_pages} pages>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def check_unchanged(self) -> None:
-        """Make sure that the file is still what was opened; costs one ``fstat``.
-
-        :raises ImageError: its size or its time of last modification has changed since it was opened.
-        :raises ValueError: the image is closed.
-        """
-        self._file.check_unchanged()
-
-    def close(self) -> None:
-        """Let go of the file; ``extents`` is empty afterwards. Closing twice does nothing."""
-        self.extents = ()
-        self._file.close()
-
-
 def open_image(path: str | os.PathLike[str], *, format: str | None = None) -> MemoryImage:
     """Open a memory image.
 
-    Reads the headers only: the time and memory that it takes depend on the number of segments, not on the size.
+    Reads the headers only, unless the pages have to be unpacked: the time and memory that it takes depend on the number
+    of segments, not on the size. Unpacked pages go to a temporary file (TMPDIR says where).
 
-    :param path: a regular file, or a link to one.
+    :param path: a regular file, a folder of a format that has folders, or a link to one.
     :param format: the ``name`` of a row of ``FORMATS``, to read the file as that and nothing else; None detects it.
     :raises ImageError: there is no such format, or the file is missing, not a regular file, not readable, not mappable,
-        or not a memory image that memshr understands. Nothing else is raised for any content.
+        or not a memory image that memshr understands.
+    :raises BackendError: no room to unpack it. Nothing else is raised for any content.
     """
-    file = MappedFile(path)
-    try:
-        for row in FORMATS:
-            if row.name == format or (format is None and row.detect(file)):
-                return MemoryImage(file, row.name, row.extents(file))
+    rows = [row for row in FORMATS if format in (None, row.name)]
+    if not rows:
         names = ", ".join(row.name for row in FORMATS)
-        raise file.error(
-            f"{format!r} is no image format that memshr knows" if format is not None else "not a known image format",
-            remedy=f"known formats: {names}",
+        raise ImageError(
+            f"{format!r} is no image format that memshr knows", path=path, remedy=f"known formats: {names}"
         )
+    file = ImageFile(_file_of(Path(path), rows))
+    contents: Contents = file
+    try:
+        row = next(row for row in rows if row.name == format or row.detect(file))
+        layout = row.layout(file)
+        contents = layout.contents
+        file.check_unchanged()
+        return MemoryImage(Path(path), file, row.name, layout)
     except BaseException:
+        contents.close()
         file.close()
         raise
+
+
+def _file_of(path: Path, rows: Sequence[ImageFormat]) -> Path:
+    """The file itself, or the one that stands for a folder."""
+    with contextlib.suppress(OSError, ValueError):  # ImageFile says what is wrong with the path
+        if path.is_dir():
+            inside = (row.folder_file(path) for row in rows if isinstance(row, FolderFormat))
+            return next((found for found in inside if found is not None), path)
+    return path

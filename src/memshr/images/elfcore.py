@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import ImageError
-from memshr.images.mapped import MappedFile
-from memshr.types import MAX_GFN_BITS, PAGE_SHIFT, PAGE_SIZE, Extent, Gfn, PageBytes
+from memshr.images.file import RUN, ImageFile, Layout, checked_runs
+from memshr.types import MAX_GFN_BITS, PAGE_SHIFT, PAGE_SIZE, PageBytes
 
 MAX_SEGMENTS = 1 << 20
 """The largest program-header table that is read or written; a table of more is taken for a damaged one."""
@@ -95,40 +95,27 @@ class ElfCore:
 
     name = "elfcore"
 
-    def detect(self, file: MappedFile) -> bool:
+    def detect(self, file: ImageFile) -> bool:
         return file.starts_with(_MAGIC)
 
-    def extents(self, file: MappedFile) -> list[Extent]:
-        """The segments that have contents, those that go on where another ends joined to one extent.
+    def layout(self, file: ImageFile) -> Layout:
+        """The segments that have contents, those that go on where another ends joined to one run.
 
         :raises ImageError: the file is no such core, a table or segment goes beyond its end, segments overlap in the
             address space or in the file, or are not made of whole pages.
         """
         table_offset, count = _program_headers(file)
         table = file.records(_PHDR, table_offset, count, f"the table of {count} program headers")
-        loads = _checked_loads(file, table, table_offset)
-        if not len(loads):
+        runs = _checked_loads(file, table, table_offset)
+        if not len(runs):
             raise file.error(
                 "the core holds no memory: no PT_LOAD segment has contents",
                 remedy="write it again, with QEMU's dump-guest-memory or memshr capture",
             )
-        end, file_end = loads["address"] + loads["size"], loads["offset"] + loads["size"]
-        starts_new = np.ones(len(loads), dtype=np.bool_)
-        starts_new[1:] = (loads["address"][1:] != end[:-1]) | (loads["offset"][1:] != file_end[:-1])
-        first = np.flatnonzero(starts_new)
-        last = np.append(first[1:], len(loads)) - 1
-        runs = np.stack(
-            [
-                loads["address"][first] >> PAGE_SHIFT,
-                loads["offset"][first],
-                (end[last] - loads["address"][first]) >> PAGE_SHIFT,
-            ],
-            axis=1,
-        )
-        return [Extent(Gfn(gfn), file.pages(offset, pages)) for gfn, offset, pages in runs.tolist()]
+        return Layout(runs, file)
 
 
-def _program_headers(file: MappedFile) -> tuple[int, int]:
+def _program_headers(file: ImageFile) -> tuple[int, int]:
     """Offset and length of the program-header table, once the ELF header is found to be that of a core we read."""
     header = file.records(_EHDR, 0, 1, "the ELF header")[0]
     if header["magic"] != _MAGIC:
@@ -168,10 +155,10 @@ def _program_headers(file: MappedFile) -> tuple[int, int]:
     return offset, count
 
 
-def _checked_loads(file: MappedFile, table: NDArray[Any], table_offset: int) -> NDArray[Any]:
-    """The PT_LOAD segments that have contents, in order of address, after every check."""
+def _checked_loads(file: ImageFile, table: NDArray[Any], table_offset: int) -> NDArray[Any]:
+    """The runs that the PT_LOAD segments with contents make, in order of address, after every check."""
     index = np.flatnonzero((table["type"] == _PT_LOAD) & (table["filesz"] > 0))
-    loads = table[index]  # a copy: the file can change, what was checked cannot
+    loads = table[index]
 
     def refuse(bad: NDArray[np.bool_], problem: str, remedy: str = _WRITE_AGAIN) -> None:
         if bad.any():
@@ -197,22 +184,13 @@ def _checked_loads(file: MappedFile, table: NDArray[Any], table_offset: int) -> 
     unaligned = (address % PAGE_SIZE != 0) | (loads["filesz"] % PAGE_SIZE != 0)
     refuse(unaligned, f"the segment is not made of whole pages of {PAGE_SIZE} bytes")
 
-    order = np.argsort(loads["offset"], kind="stable")
-    index, loads, address = index[order], loads[order], address[order]
-    refuse(
-        np.append(False, loads["offset"][1:] < (loads["offset"] + loads["filesz"])[:-1]),
-        "damaged: it has bytes of the file in common with another segment",
-    )
-    order = np.argsort(address, kind="stable")
-    index, loads, address = index[order], loads[order], address[order]
-    refuse(
-        np.append(False, address[1:] < (address + loads["filesz"])[:-1]),
-        "the segment overlaps another one",
-        "write it again; with QEMU, dump-guest-memory without -p",
-    )
-    result = np.empty(len(loads), dtype=[("address", np.int64), ("size", np.int64), ("offset", np.int64)])
-    result["address"], result["size"], result["offset"] = address, loads["filesz"], loads["offset"]
-    return result
+    # The others stay as empty runs, so that errors count as the table does.
+    runs = np.zeros(len(table), RUN)
+    runs["gfn"][index], runs["offset"][index] = address >> PAGE_SHIFT, loads["offset"]
+    runs["pages"][index] = loads["filesz"] >> PAGE_SHIFT
+    places = table_offset + np.arange(len(table)) * _PHDR.itemsize
+    remedy = "write it again; with QEMU, dump-guest-memory without -p"
+    return checked_runs(file, runs, "program header", places=places, if_overlapping=remedy)
 
 
 class CoreWriter:

@@ -7,8 +7,10 @@ refused, because counting the pages of a compressed file answers a question that
 
 from __future__ import annotations
 
-from memshr.images.mapped import MappedFile
-from memshr.types import MAX_GFN_BITS, PAGE_SIZE, Extent, Gfn
+import numpy as np
+
+from memshr.images.file import RUN, ImageFile, Layout
+from memshr.types import MAX_GFN_BITS, PAGE_SIZE
 
 _OTHERS: dict[bytes, tuple[str, str]] = {
     b"\x1f\x8b": ("a gzip file", "unpack it first"),
@@ -33,7 +35,7 @@ class Raw:
 
     name = "raw"
 
-    def detect(self, file: MappedFile) -> bool:
+    def detect(self, file: ImageFile) -> bool:
         """True.
 
         :raises ImageError: the file begins like one of the kinds that are no raw images.
@@ -43,8 +45,8 @@ class Raw:
                 raise file.error(f"this is {what}, not a raw image", remedy=f"{remedy}, or say --format raw")
         return True
 
-    def extents(self, file: MappedFile) -> list[Extent]:
-        """The whole file as one extent at gfn 0.
+    def layout(self, file: ImageFile) -> Layout:
+        """The whole file as one run at gfn 0.
 
         :raises ImageError: its size is not a multiple of PAGE_SIZE, or exceeds what a guest can address.
         """
@@ -56,4 +58,4 @@ class Raw:
             )
         if count > 1 << MAX_GFN_BITS:
             raise file.error(f"{count} pages are more than a guest can have ({1 << MAX_GFN_BITS})")
-        return [Extent(Gfn(0), file.pages(0, count))]
+        return Layout(np.array([(0, 0, count)], RUN), file)
