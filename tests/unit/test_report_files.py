@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import html.parser
 import io
+import json
 import os
 import stat
 import sys
@@ -13,6 +14,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import memshr.report
+from command_line import CommandLine
 from estimates import counted
 from memshr.cli.report_files import report_files, write_reports
 from memshr.errors import MemshrError, UnsupportedError
@@ -109,13 +112,16 @@ def test_page_says_that_it_ended_early() -> None:
     assert any("a guest <died>. The figures are of what was looked at" in text for text in page.texts)
 
 
-def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import memshr.report  # noqa: PLC0415
-
+def without_altair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process one in which the extra ``report`` is not installed."""
     for module in ("html_page", "html_charts"):
         monkeypatch.delitem(sys.modules, f"memshr.report.{module}", raising=False)
         monkeypatch.delattr(memshr.report, module, raising=False)
     monkeypatch.setitem(sys.modules, "altair", None)
+
+
+def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_altair(monkeypatch)
     with pytest.raises(UnsupportedError, match=r"needs the Python package altair; pip install 'memshr\[report\]'"):
         estimate_html(THREE)
 
@@ -252,3 +258,35 @@ def test_little_is_not_written_as_nothing() -> None:
 )
 def test_percents(part: int, whole: int, text: str) -> None:
     assert percent(part, whole) == text
+
+
+# -- memshr estimate -------------------------------------------------------------------------------------------------
+
+
+def test_estimate_command_writes_page_and_matrix_of_what_it_prints(tmp_path: Path, memshr: CommandLine) -> None:
+    for name, contents in (("a.raw", b"aabc"), ("b.raw", b"acd\0")):
+        (tmp_path / name).write_bytes(b"".join(bytes([byte]) * 4096 for byte in contents))
+    images, page, matrix = (tmp_path / "a.raw", tmp_path / "b.raw"), tmp_path / "r.html", tmp_path / "r.csv"
+    outcome = memshr("estimate", *images, "--group", "all", "--json", "--html", page, "--csv", matrix)
+    assert (outcome.code, outcome.err) == (0, "")
+    found = Estimate.from_dict(json.loads(outcome.out))
+    assert (found.saved_pages, found.zero_pages, found.intra_pages, found.inter_pages) == (4, 1, 1, 2)
+    assert page.read_text() == estimate_html(found)
+    assert matrix.read_text() == matrix_csv(found)
+    assert matrix.read_text().splitlines()[1] == "1,a.raw,2,b.raw,all,yes,2,5"
+
+
+def test_estimate_command_misses_the_libraries_before_it_begins(
+    tmp_path: Path, memshr: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_altair(monkeypatch)
+    outcome = memshr("estimate", tmp_path / "none.raw", "--html", tmp_path / "r.html")
+    assert (outcome.code, outcome.out) == (3, "")
+    assert outcome.err == "memshr: an HTML report needs the Python package altair; pip install 'memshr[report]'\n"
+
+
+def test_estimate_command_says_what_cannot_be_written(tmp_path: Path, memshr: CommandLine) -> None:
+    (tmp_path / "a.raw").write_bytes(bytes(4096))
+    outcome = memshr("estimate", tmp_path / "a.raw", "--csv", tmp_path / "none" / "r.csv")
+    assert outcome.code == 2
+    assert outcome.err == f"memshr: {tmp_path}/none/r.csv: cannot be written: No such file or directory\n"

@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from memshr.report import html_charts
-from memshr.report.estimate import DomainEstimate, Estimate
+from memshr.report.estimate import CopiesBand, DomainEstimate, Estimate
 from memshr.report.html_charts import Bar, Cell, Segment
 from memshr.report.wording import Unit, percent, printable
 from memshr.types import PAGE_SIZE
@@ -46,6 +46,8 @@ def page(estimate: Estimate) -> str:
     parts = _parts(estimate)
     shown = _matrix_domains(estimate)
     matrix_unit = Unit.of(max((pair.contents for pair in estimate.pairs), default=0) // 10)
+    most_copies = max((i for i, band in enumerate(estimate.copies) if band.contents), default=-1)
+    copies = estimate.copies[: most_copies + 1]
     copies_unit = Unit.of(max((band.saved_pages for band in estimate.copies), default=0))
     several = len(estimate.domains) > 1
     template = templates.get_template("estimate.html")
@@ -53,6 +55,8 @@ def page(estimate: Estimate) -> str:
         estimate=estimate,
         figures=figures,
         parts=parts,
+        copies=copies,
+        domain_key=_domain_key(estimate),
         palette=html_charts.PALETTE,
         style=Markup(style),  # these two are files of ours
         script=Markup(script),
@@ -60,7 +64,7 @@ def page(estimate: Estimate) -> str:
         script_hash=_hash(script),
         whole_plots=_plots([_whole_bar(parts)], "Where the memory is", figures.unit, axis=False),
         domain_plots=_plots(_domain_bars(estimate, figures.unit), "Pages of each domain", figures.unit),
-        copies_plots=_plots(_copies_bars(estimate, copies_unit), "What contents save, by their copies", copies_unit),
+        copies_plots=_plots(_copies_bars(copies, copies_unit), "What contents save, by their copies", copies_unit),
         matrix_plot=_matrix_plot(estimate, shown, matrix_unit) if several else "",
         matrix_unit=matrix_unit.name,
         matrix_domains=len(shown),
@@ -199,29 +203,40 @@ def _whole_bar(parts: Sequence[_Part]) -> Bar:
     )
 
 
+def _domain_parts(domain: DomainEstimate) -> tuple[tuple[str, str, int], ...]:
+    # Colour, what it is, pages.
+    return (
+        ("zero", "zeros", domain.zero_pages),
+        ("shared", "shared", domain.shared_pages),
+        ("unique", "unique", domain.unique_pages),
+        ("dropped", "left out", sum(domain.dropped.values())),
+        ("absent", "never used", domain.absent_pages),
+    )
+
+
+def _domain_key(estimate: Estimate) -> list[tuple[str, str]]:
+    # What the bars of the domains are made of, in the order of the bars.
+    columns = zip(*map(_domain_parts, estimate.domains), strict=True)
+    return [column[0][:2] for column in columns if any(pages for _, _, pages in column)]
+
+
 def _domain_bars(estimate: Estimate, unit: Unit) -> list[Bar]:
     scale = PAGE_SIZE / unit.size_bytes
     rows = []
     for domain in estimate.domains:
         name = printable(domain.name)
-        segments = [
+        segments = tuple(
             Segment(colour, pages * scale, f"{name}\n{what}: {_Figures.plain(pages)}, {pages:,} pages")
-            for colour, what, pages in (
-                ("zero", "zeros", domain.zero_pages),
-                ("shared", "shared", domain.shared_pages),
-                ("unique", "unique", domain.unique_pages),
-                ("dropped", "left out", sum(domain.dropped.values())),
-                ("absent", "never used", domain.absent_pages),
-            )
-        ]
-        rows.append(Bar(name, tuple(segments), unit.text(domain.total_pages)))
+            for colour, what, pages in _domain_parts(domain)
+        )
+        rows.append(Bar(name, segments, unit.text(domain.total_pages)))
     return rows
 
 
-def _copies_bars(estimate: Estimate, unit: Unit) -> list[Bar]:
+def _copies_bars(bands: Sequence[CopiesBand], unit: Unit) -> list[Bar]:
     scale = PAGE_SIZE / unit.size_bytes
     rows = []
-    for band in estimate.copies:
+    for band in bands:
         copies = f"{band.copies_from:,}"
         if band.copies_to is None:
             copies += " or more"
