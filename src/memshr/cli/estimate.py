@@ -37,6 +37,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--rate", type=click.FloatRange(0, min_open=True), metavar="MIB_PER_S", help="Read no faster than that, in MiB/s."
 )
 @click.option(
+    "--sample",
+    metavar="1/N",
+    help="Look at one in N pages only (2 to 4096), chosen by position, and print bounds: quick, but not exact.",
+)
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="Draw the sample that this number stands for.")
+@click.option(
     "--against",
     type=_FILE,
     multiple=True,
@@ -52,6 +58,8 @@ def estimate(
     mappings: int | None,
     interval: float,
     rate: float | None,
+    sample: str | None,
+    seed: int | None,
     against: tuple[Path, ...],
 ) -> None:
     """What would sharing save? Reads only, and changes nothing.
@@ -63,7 +71,7 @@ def estimate(
     apart zero pages, equal pages inside one domain, and equal pages between domains of a trust group; what wider groups
     would save on top; and what the limits of a running host, its mappings and huge pages, leave of it.
 
-    Pages of live sources are read twice; those that change in between are left out.
+    Pages of live sources that could share are read twice; those that change in between are left out.
     """
     with _estimate_progress() as progress:
         found = estimate_sources(
@@ -74,6 +82,8 @@ def estimate(
             mappings=mappings,
             interval_s=interval,
             rate_mib_per_s=rate,
+            sample=sample,
+            seed=seed,
             against=against,
             progress=progress,
         )
