@@ -10,6 +10,7 @@ import click
 
 from memshr.cli.estimate_text import print_estimate
 from memshr.cli.options import print_json, sharing_options
+from memshr.cli.report_files import report_files, write_reports
 from memshr.cli.session import progress_bar
 from memshr.estimates import estimate as estimate_sources
 from memshr.report.analysis import Progress
@@ -49,6 +50,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     metavar="FILE",
     help="Say of the contents that save most whether they are pages of this file. May be given several times.",
 )
+@report_files
 def estimate(
     sources: tuple[str, ...],
     groups: tuple[str, ...],
@@ -61,6 +63,8 @@ def estimate(
     sample: str | None,
     seed: int | None,
     against: tuple[Path, ...],
+    html_file: str | None,
+    csv_file: str | None,
 ) -> None:
     """What would sharing save? Reads only, and changes nothing.
 
@@ -87,6 +91,7 @@ def estimate(
             against=against,
             progress=progress,
         )
+    write_reports(found, html_file=html_file, csv_file=csv_file)
     if as_json:
         print_json(found.to_dict())
     else:
