@@ -134,7 +134,7 @@ def _sum_of_reads(path: Path) -> int:
     buffer = np.empty(MIB // 8, np.uint64)
     total = 0
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
+        while size := file.readinto(buffer.data):
             total += int(buffer[: size // 8].sum())
     return total
 

@@ -17,7 +17,7 @@ from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
 from memshr.errors import ConnectionLostError, HostMemoryError, NoSuchDomainError, RefusedDomainError, Status
-from memshr.procfs import parse_maps
+from memshr.procfs import process_mappings
 from memshr.qemu import attachment, syscalls
 from memshr.qemu.agent import is_in_session
 from memshr.qemu.hypervisor import QemuHypervisor
@@ -190,7 +190,7 @@ def test_a_frame_number_is_never_used_again(host: QtestHost) -> None:
         assert not share(later, some, PageArray.of_domain(SECOND, some.gfns)).any()
         offsets = [
             mapping.offset // PAGE_SIZE
-            for mapping in parse_maps(Path(f"/proc/{host.guests[0].pid}/maps").read_text())
+            for mapping in process_mappings(host.guests[0].pid)
             if "memshr-pool" in mapping.path
         ]
         assert len(offsets) == len(set(offsets))
@@ -226,7 +226,7 @@ def test_pool_that_only_has_the_name_is_not_trusted() -> None:
         mmap.mmap(forged, PAGE_SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ),
         mmap.mmap(readable, PAGE_SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ),
     ):
-        claims = [each for each in parse_maps(Path("/proc/self/maps").read_text()) if "memshr-pool" in each.path]
+        claims = [each for each in process_mappings(os.getpid()) if "memshr-pool" in each.path]
         adopted = [FramePool.adopt(os.getpid(), mapping) for mapping in claims]
     assert len(adopted) == 2
     assert {pool.inode for pool in adopted if pool is not None} == {real.inode}
@@ -255,12 +255,7 @@ def test_equal_pages_of_two_trust_groups_never_meet(qtest_pair: tuple[QtestGuest
             inside = run_of(domid, 4)
             assert not share(host, inside[:1], inside[1:2]).any()
         inodes = [
-            {
-                each.inode
-                for each in parse_maps(Path(f"/proc/{guest.pid}/maps").read_text())
-                if "memshr-pool" in each.path
-            }
-            for guest in host.guests
+            {each.inode for each in process_mappings(guest.pid) if "memshr-pool" in each.path} for guest in host.guests
         ]
         assert len(inodes[0]) == len(inodes[1]) == 1
         assert inodes[0] != inodes[1]

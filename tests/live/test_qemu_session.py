@@ -7,11 +7,10 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from guests.linux import LinuxGuest
 from guests.pages import backed_pages, count_pages
-from memshr.procfs import parse_maps
+from memshr.procfs import process_mappings
 from memshr.qemu.guests import inspect_process
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.sharing.fingerprint import SEED_BITS
@@ -46,8 +45,7 @@ def run(hypervisor: QemuHypervisor, groups: Mapping[str, Sequence[str]]) -> Shar
 
 def pool_inodes(guest: LinuxGuest) -> set[int]:
     """The frame pools that a guest's QEMU has mapped, as the kernel says."""
-    maps = Path(f"/proc/{guest.pid}/maps").read_text()
-    return {each.inode for each in parse_maps(maps) if each.path.startswith("/memfd:memshr-pool:")}
+    return {each.inode for each in process_mappings(guest.pid) if each.path.startswith("/memfd:memshr-pool:")}
 
 
 def test_a_session_saves_what_an_exact_count_says(guest_pair: Pair) -> None:
