@@ -97,6 +97,15 @@ class Hypervisor(Protocol):
         :returns: shape ``(n,)``.
         """
 
+    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+        """Which pages are parts of huge pages of the host, which sharing any piece of them splits.
+
+        A huge page is taken to begin at a gfn that is a multiple of HUGE_PAGE_PAGES. A mechanism that has none, or
+        cannot tell, answers False.
+
+        :returns: shape ``(n,)``.
+        """
+
     def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
         """The frame that each page shares; -1 for those that are on no shared frame, or not there.
 

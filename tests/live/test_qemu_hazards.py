@@ -22,7 +22,10 @@ from memshr.qemu import attachment, syscalls
 from memshr.qemu.agent import is_in_session
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.pool import FramePool
-from memshr.types import PAGE_SIZE, Counters, DomId, Gfn, PageArray
+from memshr.sharing.groups import trust_groups
+from memshr.sharing.session import SharingOptions
+from memshr.sharing.session import share as share_session
+from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, Counters, DomId, Gfn, PageArray
 
 FIRST, SECOND = DomId(1), DomId(2)
 
@@ -87,6 +90,21 @@ def test_a_shared_piece_splits_its_huge_page(host: QtestHost) -> None:
     odd = PageArray.of_domain(FIRST, everything.gfns[1::2])
     assert not share(host, PageArray.of_domain(FIRST, np.full(len(odd), FIRST_GFN)), odd).any()
     assert not host.hypervisor.huge(PageArray.of_domain(FIRST, everything.gfns[2::2])).any()
+
+
+@pytest.mark.parametrize(("needed_pages", "split"), [(2, True), (3, False), (HUGE_PAGE_PAGES + 1, False)])
+def test_a_session_splits_a_huge_page_only_where_it_pays(host: QtestHost, needed_pages: int, split: bool) -> None:
+    for number, guest in enumerate(host.guests):
+        contents = [page(1), page(1), *(page(10 + number * 2000 + seed) for seed in range(1022))]
+        guest.write(FIRST_GFN * PAGE_SIZE, b"".join(contents))
+    neighbours = PageArray.of_domain(FIRST, np.arange(FIRST_GFN + 2, FIRST_GFN + HUGE_PAGE_PAGES))
+    assert host.hypervisor.huge(neighbours).all()
+    groups = trust_groups(host.hypervisor.domains(), ["all"], lambda: 1)
+    options = SharingOptions(huge_page_pages=needed_pages, threads=1)
+    report = share_session(host.hypervisor, groups, wait=lambda _: None, options=options)
+    assert (host.hypervisor.frames_of(run_of(FIRST, 2)) >= 0).tolist() == [split, split]
+    assert ("huge_page" in report.dropped) is not split
+    assert host.hypervisor.huge(neighbours).all() == (not split)
 
 
 @pytest.mark.usefixtures("any_kernel")

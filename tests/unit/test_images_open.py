@@ -82,7 +82,9 @@ def test_formats_have_names_of_their_own() -> None:
 
 def test_document_has_a_row_for_each_format() -> None:
     document = (Path(__file__).parents[2] / "docs" / "images.md").read_text()
-    assert sorted(re.findall(r"^\| `([a-z][a-z0-9-]*)` \|", document, re.MULTILINE)) == sorted(row.name for row in FORMATS)
+    assert sorted(re.findall(r"^\| `([a-z][a-z0-9-]*)` \|", document, re.MULTILINE)) == sorted(
+        row.name for row in FORMATS
+    )
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:

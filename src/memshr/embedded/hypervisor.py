@@ -74,6 +74,10 @@ class EmbeddedHypervisor(Host):
         kinds: NDArray[np.int64] = self.books.entries.gather(Spots(self._pids(pages))) & TYPE_MASK
         return np.asarray(kinds != P2mType.RAM_POD)
 
+    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+        """See the seam: there are none here."""
+        return np.zeros(len(pages), np.bool_)
+
     def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
         """See the seam."""
         values = self.books.entries.gather(Spots(self._pids(pages)))

@@ -387,6 +387,15 @@ class QemuHypervisor:
             found[there[rows]] = in_pool | (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries))
         return found
 
+    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+        """As the seam says: transparent huge pages. Looks at one page of each."""
+        found = np.zeros(len(pages), dtype=np.bool_)
+        ids, _ = self._ids(pages)
+        there = np.flatnonzero(ids >= 0)
+        for guest, rows in self._by_guest(ids[there]):
+            found[there[rows]] = guest.huge(self._local(guest, ids[there[rows]]))
+        return found
+
     def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
         """As the seam says: looks at the pagemap of the pages that have a frame mapped."""
         found = np.full(len(pages), _NOWHERE, dtype=np.int64)
@@ -1114,15 +1123,6 @@ class QemuHypervisor:
         self._watch.remove(guest.session.uffd)
         self._enabled[domid - 1] = False
         guest.detach()
-
-    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
-        """Which pages are parts of transparent huge pages, so that sharing them splits one."""
-        found = np.zeros(len(pages), dtype=np.bool_)
-        ids, _ = self._ids(pages)
-        there = np.flatnonzero(ids >= 0)
-        for guest, rows in self._by_guest(ids[there]):
-            found[there[rows]] = guest.huge(self._local(guest, ids[there[rows]]))
-        return found
 
     def enlisted(self, domid: DomId) -> GuestProcess:
         """The process behind a domid."""

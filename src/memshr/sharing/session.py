@@ -38,7 +38,7 @@ from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprinter, Fin
 from memshr.sharing.groups import Group
 from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, PairReport, SharingReport
 from memshr.sharing.scan import FingerprintPages, Scan, Scanner
-from memshr.types import PAGE_SIZE, DomId, DomIds, Gfn, Handles, PageArray, PageBytes, Statuses
+from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, DomId, DomIds, Gfn, Handles, PageArray, PageBytes, Statuses
 
 Mask = NDArray[np.bool_]
 Places = NDArray[np.intp]
@@ -54,6 +54,8 @@ class SharingOptions:
         While a batch is under way, writers to its pages wait on some mechanisms.
     :param scan_pages: pages that are read and fingerprinted in one go.
     :param sample_interval_s: seconds between the two samples of running guests.
+    :param huge_page_pages: how many pages of a huge page must be worth sharing for it to be split. 0: split always;
+        more than HUGE_PAGE_PAGES: never. A huge page saves the processor work; splitting it for next to nothing loses.
     :param threads: threads that fingerprint; None: one for each core.
     """
 
@@ -61,6 +63,7 @@ class SharingOptions:
     batch_pages: int = 1024
     scan_pages: int = 8192
     sample_interval_s: float = 1.0
+    huge_page_pages: int = 16
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -229,6 +232,8 @@ class _GroupSession:
             self._probe()
             if Capability.LIVE in self._hypervisor.capabilities:
                 self._sample_again()
+            if self._options.huge_page_pages:
+                self._spare_huge_pages()
             self._take_zeros()
         reached = self.stopped is None
         if reached:
@@ -329,6 +334,22 @@ class _GroupSession:
         self._pages, self._fingerprints = _joined(found)
         if self._has_frames:
             self._order()
+
+    def _spare_huge_pages(self) -> None:
+        # Leave out what lies in huge pages of which too few pages could be shared or released.
+        sharable = repeated(self._fingerprints) | (self._fingerprints == ZERO_PAGE_FINGERPRINT)
+        (rows,) = np.nonzero(sharable)
+        rows = rows[self._hypervisor.huge(self._pages[rows])]
+        if not len(rows):
+            return
+        pages = self._pages[rows]
+        huge_pages = pages.gfns // HUGE_PAGE_PAGES << _DOMID_BITS | pages.domids
+        _, which, counts = np.unique(huge_pages, return_inverse=True, return_counts=True)
+        spared = counts[which] < self._options.huge_page_pages
+        self._drop("huge_page", pages[spared])
+        keep = np.ones(len(self._pages), np.bool_)
+        keep[rows[spared]] = False
+        self._pages, self._fingerprints = self._pages[keep], self._fingerprints[keep]
 
     def _order(self) -> None:
         # By domain and gfn again.
