@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from memshr import backends
 from memshr.report.analysis import EstimateOptions, Progress, analyse
 from memshr.report.estimate import Estimate
+from memshr.report.sampling import SampleOptions, denominator_of
 from memshr.sharing.fingerprint import SEED_BITS
 from memshr.sources import PageSource, Subject
 
@@ -23,6 +24,8 @@ def estimate(
     mappings: int | None = None,
     interval_s: float = 1.0,
     rate_mib_per_s: float | None = None,
+    sample: str | None = None,
+    seed: int | None = None,
     against: Sequence[str | os.PathLike[str]] = (),
     threads: int | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -37,6 +40,8 @@ def estimate(
     :param mappings: mappings that each domain may spend on sharing; None: what this host's limit leaves.
     :param interval_s: seconds between the two samples of live sources.
     :param rate_mib_per_s: read no faster than that; None: no limit.
+    :param sample: ``1/N``: look at one in N pages that have contents, chosen by position, and give bounds.
+    :param seed: of the sample; None: a fresh one, which the estimate names.
     :param against: files whose pages are looked for among the contents that save most.
     :param threads: None: one for each core.
     :param progress: called now and then, by any thread.
@@ -54,6 +59,9 @@ def estimate(
         against=[os.fspath(path) for path in against],
         threads=threads,
     )
+    if seed is None:
+        seed = secrets.randbits(32)
+    sampling = None if sample is None else SampleOptions(denominator_of(sample), seed)
     named = [os.fspath(source) for source in sources if isinstance(source, str | os.PathLike)]
     with contextlib.ExitStack() as stack:
         opened = iter(stack.enter_context(backends.open_sources(named, format=format)))
@@ -63,4 +71,10 @@ def estimate(
                 subjects += next(opened)
             else:
                 subjects.append(Subject(source, kind="process" if source.live else "image"))
-        return analyse(subjects, options, new_seed=lambda: secrets.randbits(SEED_BITS), progress=progress)
+        return analyse(
+            subjects,
+            options,
+            sample=sampling,
+            new_seed=lambda: secrets.randbits(SEED_BITS),
+            progress=progress,
+        )

@@ -58,6 +58,8 @@ class Capability(enum.StrEnum):
     """Guests run and write while we look: pages need two samples before they are worth nominating."""
     ZERO = "zero"
     """release_zero_pages: an all-zero page can be given back without keeping a frame for it."""
+    FRAMES = "frames"
+    """frames_of: which pages are together on one frame already, so that nobody need look at them again."""
 
 
 @runtime_checkable
@@ -93,6 +95,24 @@ class Hypervisor(Protocol):
         nothing. A mechanism that cannot tell answers True.
 
         :returns: shape ``(n,)``.
+        """
+
+    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+        """Which pages are parts of huge pages of the host, which sharing any piece of them splits.
+
+        A huge page is taken to begin at a gfn that is a multiple of HUGE_PAGE_PAGES. A mechanism that has none, or
+        cannot tell, answers False.
+
+        :returns: shape ``(n,)``.
+        """
+
+    def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
+        """The frame that each page shares; -1 for those that are on no shared frame, or not there.
+
+        Pages with the same answer hold the same bytes at that moment. A page that is only nominated may have either
+        answer. (capability FRAMES)
+
+        :returns: mfns, shape ``(n,)``.
         """
 
     def read_range(self, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:

@@ -15,11 +15,13 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,35 +69,130 @@ class Mapping:
         return (self.end - self.start) >> PAGE_SHIFT
 
 
-def parse_maps(text: str) -> list[Mapping]:
-    """The mappings of a process, in order of address.
+class Mappings(Sequence[Mapping]):
+    """The lines of /proc/PID/maps, as columns: made for the tens of thousands of mappings that a shared guest has.
 
-    :param text: contents of /proc/PID/maps.
+    A ``Mapping`` is made when one is asked for.
+
+    :param maps: contents of /proc/PID/maps.
     :raises ValueError: a line is not of the form that the kernel writes.
+
+    ``start``, ``end``, ``offset`` (bytes) and ``inode`` are uint64, ``flags`` the four letters as uint8, shape
+    ``(n, 4)``; ``name`` has for each line the place of its path in ``paths``, where each path is once.
     """
-    mappings = []
-    for line in text.split("\n"):
-        if not line:
-            continue
-        addresses, flags, offset, device, inode, *rest = line.split(" ", 5)
-        start, end = addresses.split("-")
-        major, minor = device.split(":")
-        mappings.append(
-            Mapping(
-                start=int(start, 16),
-                end=int(end, 16),
-                readable=flags[0] == "r",
-                writable=flags[1] == "w",
-                executable=flags[2] == "x",
-                shared=flags[3] == "s",
-                offset=int(offset, 16),
-                dev_major=int(major, 16),
-                dev_minor=int(minor, 16),
-                inode=int(inode),
-                path=rest[0].lstrip(" ") if rest else "",
-            )
+
+    def __init__(self, maps: bytes) -> None:
+        text = np.frombuffer(maps, dtype=np.uint8)
+        (line_end,) = np.nonzero(text == ord("\n"))
+        if len(text) and text[-1] != ord("\n"):
+            line_end = np.append(line_end, len(text))
+        line = np.concatenate([[0], line_end[:-1] + 1]).astype(np.int64)[: len(line_end)]
+        # Four blanks follow the first four fields; a fifth follows the inode if there is more on the line.
+        (blank,) = np.nonzero(text == ord(" "))
+        blanks = [_next(blank, line, number, len(text)) for number in range(5)]
+        if (blanks[3] >= line_end).any():
+            raise ValueError("a line of maps has too few fields")
+        inode_end = np.minimum(blanks[4], line_end)
+        dashes = _next(np.flatnonzero(text == ord("-")), line, 0, len(text))
+        colons = _next(np.flatnonzero(text == ord(":")), blanks[2], 0, len(text))
+        self.start = _numbers(text, line, dashes, 16)
+        self.end = _numbers(text, dashes + 1, blanks[0], 16)
+        self.flags = text[blanks[0][:, None] + np.arange(1, 5)]
+        self.offset = _numbers(text, blanks[1] + 1, blanks[2], 16)
+        self._dev_major = _numbers(text, blanks[2] + 1, colons, 16)
+        self._dev_minor = _numbers(text, colons + 1, blanks[3], 16)
+        self.inode = _numbers(text, blanks[3] + 1, inode_end, 10)
+        places: dict[bytes, int] = {b"": 0}
+        self.name = np.zeros(len(line), dtype=np.int64)
+        (with_path,) = np.nonzero(line_end > inode_end + 1)
+        self.name[with_path] = [
+            places.setdefault(maps[begin:end], len(places))
+            for begin, end in zip(inode_end[with_path].tolist(), line_end[with_path].tolist(), strict=True)
+        ]
+        self.paths: list[str] = [os.fsdecode(path.lstrip(b" ")) for path in places]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Mapping]: ...
+    def __getitem__(self, index: int | slice) -> Mapping | list[Mapping]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        flags = self.flags[index].tobytes()
+        return Mapping(
+            start=int(self.start[index]),
+            end=int(self.end[index]),
+            readable=flags[0:1] == b"r",
+            writable=flags[1:2] == b"w",
+            executable=flags[2:3] == b"x",
+            shared=flags[3:4] == b"s",
+            offset=int(self.offset[index]),
+            dev_major=int(self._dev_major[index]),
+            dev_minor=int(self._dev_minor[index]),
+            inode=int(self.inode[index]),
+            path=self.paths[int(self.name[index])],
         )
-    return mappings
+
+    @property
+    def shared(self) -> NDArray[np.bool_]:
+        """Which lines are shared mappings, shape ``(n,)``."""
+        return np.asarray(self.flags[:, 3] == ord("s"))
+
+    @property
+    def ordinary(self) -> NDArray[np.bool_]:
+        """Which lines are private memory of no file that can be read and written, shape ``(n,)``."""
+        wanted = np.frombuffer(b"rwp", dtype=np.uint8)
+        return np.asarray((self.inode == 0) & (self.flags[:, [0, 1, 3]] == wanted).all(axis=1))
+
+    def named(self, wanted: Callable[[str], bool]) -> NDArray[np.bool_]:
+        """Which lines have a path that is ``wanted``, shape ``(n,)``; asked once for each different path."""
+        return np.array([wanted(path) for path in self.paths], dtype=np.bool_)[self.name]
+
+    def of(self, which: NDArray[np.bool_]) -> list[Mapping]:
+        """The mappings of these lines."""
+        return [self[row] for row in np.flatnonzero(which).tolist()]
+
+
+def _next(places: NDArray[np.int64], after: NDArray[np.int64], number: int, none: int) -> NDArray[np.int64]:
+    # Of the ascending ``places`` the ``number``-th from each of ``after`` on; ``none`` where there are not so many.
+    at = np.searchsorted(places, after) + number
+    return np.asarray(np.append(places, none)[np.minimum(at, len(places))])
+
+
+_DIGITS = np.full(256, 255, dtype=np.uint64)
+_DIGITS[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
+
+
+def _numbers(
+    text: NDArray[np.uint8], first: NDArray[np.int64], end: NDArray[np.int64], base: int
+) -> NDArray[np.uint64]:
+    # The numbers that are written in ``text`` from each of ``first`` up to each of ``end``; column by column.
+    values = np.zeros(len(first), dtype=np.uint64)
+    lengths = end - first
+    if len(first) and not 1 <= lengths.min() <= lengths.max() <= 20:
+        raise ValueError("a line of maps has a field that is no number")
+    for column in range(int(lengths.max(initial=0))):
+        inside = column < lengths
+        digits = _DIGITS[text[np.where(inside, first + column, first)]]
+        if (digits >= base).any():
+            raise ValueError("a line of maps has a field that is no number")
+        values = np.where(inside, values * np.uint64(base) + digits, values)
+    return values
+
+
+def process_mappings(pid: int, *, of: str = "") -> Mappings:
+    """What a process has mapped now, in order of address.
+
+    :param of: leave out, unread, whatever does not have this text in its line.
+    :raises OSError: it has ended (or is a kernel thread: then there is nothing), or we may not look.
+    """
+    maps = Path(f"/proc/{pid}/maps").read_bytes()
+    if of:
+        maps = b"".join(line for line in re.findall(b".*\n", maps) if os.fsencode(of) in line)
+    return Mappings(maps)
 
 
 def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -130,7 +227,7 @@ class ProcessMemory:
                 self._mem = self._open("mem")
                 stack.callback(os.close, self._mem)
                 # A kernel thread, or a process that has exited and waits to be reaped, has maps, but nothing in them.
-                if not self._read_text("maps"):
+                if not self._read("maps"):
                     raise self._gone()
             except OSError as error:
                 if self._is_dead():  # then nobody but root is even told that there is no memory
@@ -146,7 +243,7 @@ class ProcessMemory:
     def _is_dead(self) -> bool:
         # Exited and not yet reaped: state Z or X, after the name in parentheses (proc(5), /proc/pid/stat).
         try:
-            return self._read_text("stat").rpartition(")")[2].split()[0] in ("Z", "X")
+            return self._read("stat").rpartition(b")")[2].split()[0] in (b"Z", b"X")
         except OSError:
             return True
 
@@ -167,13 +264,13 @@ class ProcessMemory:
         """Whether it can be told which pages are there; if not, ``populated`` takes all of them to be."""
         return self._pagemap is not None
 
-    def mappings(self) -> list[Mapping]:
+    def mappings(self) -> Mappings:
         """What the process has mapped at this moment, in order of address.
 
         :raises ImageError: the process is gone.
         """
         try:
-            return parse_maps(self._read_text("maps"))
+            return Mappings(self._read("maps"))
         except OSError as error:
             raise self._failed(error) from error
 
@@ -272,9 +369,9 @@ class ProcessMemory:
     def _open(self, name: str) -> int:
         return os.open(name, os.O_RDONLY, dir_fd=self._directory)
 
-    def _read_text(self, name: str) -> str:
+    def _read(self, name: str) -> bytes:
         with os.fdopen(self._open(name), "rb") as file:
-            return os.fsdecode(file.read())
+            return file.read()
 
     def _gone(self) -> ImageError:
         return ImageError(

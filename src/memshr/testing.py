@@ -362,6 +362,32 @@ def zero_pages_are_given_back(host: GuestHost) -> None:
     _require(hypervisor.audit().clean and hypervisor.counters() == before, "the books are as before")
 
 
+def frames_say_who_is_together(host: GuestHost) -> None:
+    """frames_of, where there is such a thing: equal for pages of one frame, other for another, gone with a write."""
+    hypervisor, (first, second) = host.hypervisor, host.domids
+    domids = np.array([first, second, first, second], np.uint16)
+    gfns = np.array([host.gfns(first)[0], host.gfns(second)[0], host.gfns(first)[1], host.gfns(second)[1]], np.int64)
+    pages = PageArray(domids, gfns)
+    if Capability.FRAMES not in hypervisor.capabilities:
+        with _raises(errors.UnsupportedError, "frames_of without the capability"):
+            hypervisor.frames_of(pages)
+        return
+    for (domid, gfn), seed in zip(zip(domids.tolist(), gfns.tolist(), strict=True), (20, 20, 21, 21), strict=True):
+        host.write(domid, gfn, _page(seed))
+    _require(hypervisor.frames_of(pages).tolist() == [-1] * 4, "pages that share nothing are on no frame")
+    handles, _ = hypervisor.nominate_gfns(pages)
+    hypervisor.share_gfns_many(pages[:4:2], handles[::2], pages[1:4:2], handles[1::2])
+    frames = hypervisor.frames_of(pages).tolist()
+    _require(min(frames) >= 0, "shared pages are on frames")
+    _require(frames[0] == frames[1] and frames[2] == frames[3], "pages that were shared with each other are on one")
+    _require(frames[0] != frames[2], "and others on another")
+    host.write(DomId(int(domids[1])), Gfn(int(gfns[1])), b"changed")
+    after = hypervisor.frames_of(pages).tolist()
+    _require(after[1] == -1, "a page that was written is on none")
+    _require(after[0] in (-1, frames[0]) and after[2:] == frames[2:], "and the others stay where they are")
+    hypervisor.unshare_gfns(pages)
+
+
 def what_is_not_there_says_so(host: GuestHost) -> None:
     """A call outside the capabilities raises UnsupportedError, and nothing else."""
     hypervisor, (first, second) = host.hypervisor, host.domids
@@ -404,6 +430,7 @@ CONTRACT: tuple[Callable[[GuestHost], None], ...] = (
     many_pages_answer_as_one,
     ranges_are_read_as_the_guest_sees_them,
     zero_pages_are_given_back,
+    frames_say_who_is_together,
     what_is_not_there_says_so,
 )
 """The promises of the seam, each a function that raises ContractError when it is broken."""

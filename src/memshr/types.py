@@ -97,6 +97,10 @@ class DomainInfo:
     kind: DomainKind = DomainKind.HVM
 
 
+HUGE_PAGE_PAGES = 512
+"""Pages of a huge page of x86-64: 2 MiB."""
+
+
 @dataclass(frozen=True, slots=True)
 class Counters:
     """The two global counters of memory sharing, as Xen counts.

@@ -12,6 +12,7 @@ from elftools.elf.elffile import ELFFile
 from command_line import CommandLine
 from guests.linux import LinuxGuest
 from guests.pages import PAGE_SIZE, Pages, count_pages
+from kdumpfile import KdumpFile, find_library
 from memshr.images import open_image
 
 
@@ -25,6 +26,7 @@ class Dumps:
     alpha: Path
     beta: Path
     alpha_raw: Path
+    alpha_kdump: Path
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +34,17 @@ def dumps(booted_pair: tuple[LinuxGuest, LinuxGuest]) -> Iterator[Dumps]:
     """ELF dumps of both guests and a raw one of alpha, all of the same moment."""
     alpha, beta = booted_pair
     # In the guests' folders, because a QEMU of another user can write nowhere else.
-    done = Dumps(alpha.folder / "dump.elf", beta.folder / "dump.elf", alpha.folder / "dump.raw")
+    done = Dumps(
+        *(alpha.folder / "dump.elf", beta.folder / "dump.elf", alpha.folder / "dump.raw", alpha.folder / "dump.kdump")
+    )
     for guest, path in ((alpha, done.alpha), (beta, done.beta)):
         assert guest.execute("query-status")["status"] == "paused"
         guest.execute("dump-guest-memory", {"paging": False, "protocol": f"file:{path}"})
     alpha.execute("pmemsave", {"val": 0, "size": alpha.memory_mib << 20, "filename": str(done.alpha_raw)})
+    packed = {"paging": False, "protocol": f"file:{done.alpha_kdump}", "format": "kdump-zlib"}
+    alpha.execute("dump-guest-memory", packed)
     yield done
-    for path in (done.alpha, done.beta, done.alpha_raw):
+    for path in (done.alpha, done.beta, done.alpha_raw, done.alpha_kdump):
         path.unlink()
 
 
@@ -76,6 +82,23 @@ def test_readers_find_the_same_pages_in_the_dumps(dumps: Dumps) -> None:
     with open_image(dumps.alpha_raw) as image:
         (extent,) = image.extents
         assert np.array_equal(extent.pages, np.fromfile(dumps.alpha_raw, np.uint8).reshape(-1, PAGE_SIZE))
+
+
+def test_packed_dump_holds_the_same_pages(dumps: Dumps) -> None:
+    with open_image(dumps.alpha) as image, open_image(dumps.alpha_kdump) as packed:
+        assert packed.format == "kdump"
+        np.testing.assert_array_equal(packed.ranges, image.ranges)
+        ours, theirs = (np.empty((source.total_pages, PAGE_SIZE), np.uint8) for source in (packed, image))
+        packed.read_run(0, ours)
+        image.read_run(0, theirs)
+        assert np.array_equal(ours, theirs)
+        gfns = np.concatenate([np.arange(first, first + count) for first, count in packed.ranges.tolist()])
+    if find_library() is not None:
+        with KdumpFile(dumps.alpha_kdump) as theirs_again:
+            different = [
+                gfn for gfn, page in zip(gfns.tolist(), ours, strict=True) if theirs_again.page(gfn) != page.tobytes()
+            ]
+        assert different == []
 
 
 def test_two_guests_that_did_the_same_have_most_of_their_pages_in_common(dumps: Dumps) -> None:

@@ -17,12 +17,15 @@ from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
 from memshr.errors import ConnectionLostError, HostMemoryError, NoSuchDomainError, RefusedDomainError, Status
-from memshr.procfs import parse_maps
+from memshr.procfs import process_mappings
 from memshr.qemu import attachment, syscalls
 from memshr.qemu.agent import is_in_session
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.pool import FramePool
-from memshr.types import PAGE_SIZE, Counters, DomId, Gfn, PageArray
+from memshr.sharing.groups import trust_groups
+from memshr.sharing.session import SharingOptions
+from memshr.sharing.session import share as share_session
+from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, Counters, DomId, Gfn, PageArray
 
 FIRST, SECOND = DomId(1), DomId(2)
 
@@ -87,6 +90,21 @@ def test_a_shared_piece_splits_its_huge_page(host: QtestHost) -> None:
     odd = PageArray.of_domain(FIRST, everything.gfns[1::2])
     assert not share(host, PageArray.of_domain(FIRST, np.full(len(odd), FIRST_GFN)), odd).any()
     assert not host.hypervisor.huge(PageArray.of_domain(FIRST, everything.gfns[2::2])).any()
+
+
+@pytest.mark.parametrize(("needed_pages", "split"), [(2, True), (3, False), (HUGE_PAGE_PAGES + 1, False)])
+def test_a_session_splits_a_huge_page_only_where_it_pays(host: QtestHost, needed_pages: int, split: bool) -> None:
+    for number, guest in enumerate(host.guests):
+        contents = [page(1), page(1), *(page(10 + number * 2000 + seed) for seed in range(1022))]
+        guest.write(FIRST_GFN * PAGE_SIZE, b"".join(contents))
+    neighbours = PageArray.of_domain(FIRST, np.arange(FIRST_GFN + 2, FIRST_GFN + HUGE_PAGE_PAGES))
+    assert host.hypervisor.huge(neighbours).all()
+    groups = trust_groups(host.hypervisor.domains(), ["all"], lambda: 1)
+    options = SharingOptions(huge_page_pages=needed_pages, threads=1)
+    report = share_session(host.hypervisor, groups, wait=lambda _: None, options=options)
+    assert (host.hypervisor.frames_of(run_of(FIRST, 2)) >= 0).tolist() == [split, split]
+    assert ("huge_page" in report.dropped) is not split
+    assert host.hypervisor.huge(neighbours).all() == (not split)
 
 
 @pytest.mark.usefixtures("any_kernel")
@@ -190,7 +208,7 @@ def test_a_frame_number_is_never_used_again(host: QtestHost) -> None:
         assert not share(later, some, PageArray.of_domain(SECOND, some.gfns)).any()
         offsets = [
             mapping.offset // PAGE_SIZE
-            for mapping in parse_maps(Path(f"/proc/{host.guests[0].pid}/maps").read_text())
+            for mapping in process_mappings(host.guests[0].pid)
             if "memshr-pool" in mapping.path
         ]
         assert len(offsets) == len(set(offsets))
@@ -226,7 +244,7 @@ def test_pool_that_only_has_the_name_is_not_trusted() -> None:
         mmap.mmap(forged, PAGE_SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ),
         mmap.mmap(readable, PAGE_SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ),
     ):
-        claims = [each for each in parse_maps(Path("/proc/self/maps").read_text()) if "memshr-pool" in each.path]
+        claims = [each for each in process_mappings(os.getpid()) if "memshr-pool" in each.path]
         adopted = [FramePool.adopt(os.getpid(), mapping) for mapping in claims]
     assert len(adopted) == 2
     assert {pool.inode for pool in adopted if pool is not None} == {real.inode}
@@ -255,12 +273,7 @@ def test_equal_pages_of_two_trust_groups_never_meet(qtest_pair: tuple[QtestGuest
             inside = run_of(domid, 4)
             assert not share(host, inside[:1], inside[1:2]).any()
         inodes = [
-            {
-                each.inode
-                for each in parse_maps(Path(f"/proc/{guest.pid}/maps").read_text())
-                if "memshr-pool" in each.path
-            }
-            for guest in host.guests
+            {each.inode for each in process_mappings(guest.pid) if "memshr-pool" in each.path} for guest in host.guests
         ]
         assert len(inodes[0]) == len(inodes[1]) == 1
         assert inodes[0] != inodes[1]

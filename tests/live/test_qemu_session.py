@@ -7,17 +7,16 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from guests.linux import LinuxGuest
 from guests.pages import backed_pages, count_pages
-from memshr.procfs import parse_maps
+from memshr.procfs import process_mappings
 from memshr.qemu.guests import inspect_process
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.sharing.fingerprint import SEED_BITS
 from memshr.sharing.groups import trust_groups
 from memshr.sharing.report import SharingReport
-from memshr.sharing.session import share
+from memshr.sharing.session import SharingOptions, share
 
 MOST_PAGES_OUTSIDE = 2000
 
@@ -38,7 +37,7 @@ def run(hypervisor: QemuHypervisor, groups: Mapping[str, Sequence[str]]) -> Shar
     """One session."""
     specs = [f"{name}={','.join(members)}" for name, members in groups.items()]
     trusted = trust_groups(hypervisor.domains(), specs, lambda: secrets.randbits(SEED_BITS))
-    report = share(hypervisor, trusted, wait=time.sleep)
+    report = share(hypervisor, trusted, wait=time.sleep, options=SharingOptions(huge_page_pages=0))
     assert not report.audit_findings
     assert report.stopped is None
     return report
@@ -46,8 +45,7 @@ def run(hypervisor: QemuHypervisor, groups: Mapping[str, Sequence[str]]) -> Shar
 
 def pool_inodes(guest: LinuxGuest) -> set[int]:
     """The frame pools that a guest's QEMU has mapped, as the kernel says."""
-    maps = Path(f"/proc/{guest.pid}/maps").read_text()
-    return {each.inode for each in parse_maps(maps) if each.path.startswith("/memfd:memshr-pool:")}
+    return {each.inode for each in process_mappings(guest.pid) if each.path.startswith("/memfd:memshr-pool:")}
 
 
 def test_a_session_saves_what_an_exact_count_says(guest_pair: Pair) -> None:
@@ -85,7 +83,7 @@ def test_frames_of_a_group_that_was_dissolved_take_no_new_sharers(guest_pair: Pa
     with opened(guest_pair, apart) as hypervisor:
         specs = [f"{name}={member}" for name, (member,) in apart.items()]
         trusted = trust_groups(hypervisor.domains(), specs, lambda: secrets.randbits(SEED_BITS))
-        report = share(hypervisor, trusted, wait=time.sleep)
+        report = share(hypervisor, trusted, wait=time.sleep, options=SharingOptions(huge_page_pages=0))
         assert {finding.invariant for finding in report.audit_findings} == {"I10"}
         after = {each.group: each.sharing_pages for each in hypervisor.pool_figures()}
         assert after["all"] <= before["all"]

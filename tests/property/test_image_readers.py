@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from memshr.errors import ImageError
 from memshr.images import MemoryImage, open_image
+from memshr.sources import PageState
 from memshr.types import MAX_GFN_BITS
 from odd_cores import PAGE, Header, Segment, core, pattern
+from odd_dumps import PACKERS, Block, Packed, flattened, in_pieces, kdump, mapped_ram, packed
 
 INTERESTING = st.sampled_from(
     [0, 1, 7, PAGE, PAGE - 1, 1 << 31, (1 << 32) - 1, 1 << 36, 1 << 48, (1 << 63) - 1, 1 << 63, (1 << 64) - PAGE]
@@ -67,7 +69,15 @@ def open_and_read(contents: bytes) -> None:
                 extent.pages[:] = 0
                 end, total = extent.end_gfn, total + len(extent.pages)
             assert end <= 1 << MAX_GFN_BITS
-            assert image.total_pages == total <= len(contents) // PAGE
+            assert image.total_pages == total
+            if image.format in {"elfcore", "raw"}:
+                assert total <= len(contents) // PAGE
+            out = np.empty((min(total, 4096), PAGE), np.uint8)
+            assert image.read_run(total - len(out), out).all()
+            again = np.empty_like(out)
+            assert image.read(np.arange(total - len(out), total), again).all()
+            assert np.array_equal(out, again)
+            assert (out[image.states(total - len(out), len(out)) == PageState.HOLE] == 0).all()
         assert path.read_bytes() == contents
 
 
@@ -98,3 +108,52 @@ def test_good_core_with_bytes_changed(changes: list[tuple[int, int]]) -> None:
 def test_good_core_with_a_piece_missing(start: int, length: int) -> None:
     open_and_read(GOOD[:start] + GOOD[start + length :])
     open_and_read(GOOD[:start])
+
+
+PAGE_OF_WORDS = (b"some words " * 400)[:PAGE]
+GOOD_KDUMP = kdump({gfn: packed(PAGE_OF_WORDS, way) for gfn, way in enumerate(PACKERS)} | {9: Packed(bytes(PAGE), 0)})
+GOOD_MAPPED_RAM = mapped_ram([Block("pc.ram", 70, {0: pattern(1), 69: pattern(2)}), Block("pc.rom", 1, {})])
+KDUMP_PLACES = (
+    st.integers(0, 463) | st.integers(PAGE, PAGE + 104) | st.integers(3 * PAGE, 3 * PAGE + 8) | st.integers(4 * PAGE)
+)
+BYTES = st.integers(0, 255)
+
+
+def changed(contents: bytes, changes: list[tuple[int, int]]) -> bytes:
+    new = bytearray(contents)
+    for place, value in changes:
+        new[place % len(new)] = value
+    return bytes(new)
+
+
+@given(st.lists(st.tuples(KDUMP_PLACES, BYTES), max_size=6), st.none() | st.integers(100, 9000))
+def test_good_kdump_with_bytes_changed(changes: list[tuple[int, int]], piece: int | None) -> None:
+    contents = changed(GOOD_KDUMP, changes)
+    open_and_read(contents if piece is None else flattened(in_pieces(contents, piece)))
+
+
+@given(st.lists(st.tuples(st.integers(0), BYTES), min_size=1, max_size=6), st.integers(100, 9000))
+def test_flattened_kdump_with_bytes_changed(changes: list[tuple[int, int]], piece: int) -> None:
+    open_and_read(changed(flattened(in_pieces(GOOD_KDUMP, piece)), changes))
+
+
+@given(st.lists(st.tuples(st.integers(0, len(GOOD_KDUMP)), st.integers(0, 5000)), min_size=1, max_size=8))
+def test_flattened_pieces_in_any_order_are_what_was_written_last(pieces: list[tuple[int, int]]) -> None:
+    whole = [(0, bytes(len(GOOD_KDUMP))), (0, GOOD_KDUMP)]
+    again = [
+        (start, GOOD_KDUMP[start : start + length]) for start, length in pieces if GOOD_KDUMP[start : start + length]
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [Path(directory) / name for name in ("plain", "pieces")]
+        paths[0].write_bytes(GOOD_KDUMP)
+        paths[1].write_bytes(flattened([*whole, *again]))
+        with open_image(paths[0]) as plain, open_image(paths[1]) as pieced:
+            found = [np.empty((plain.total_pages, PAGE), np.uint8) for _ in range(2)]
+            plain.read_run(0, found[0])
+            pieced.read_run(0, found[1])
+            assert np.array_equal(found[0], found[1])
+
+
+@given(st.lists(st.tuples(st.integers(0, 170) | st.integers(0), BYTES), min_size=1, max_size=6))
+def test_good_mapped_ram_file_with_bytes_changed(changes: list[tuple[int, int]]) -> None:
+    open_and_read(changed(GOOD_MAPPED_RAM, changes))

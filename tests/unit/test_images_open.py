@@ -1,6 +1,7 @@
 """Opening any path at all, raw images, and what the mapping promises."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_raw_larger_than_a_guest_can_be(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("magic", "what"),
-    [(b"\x1f\x8b", "gzip"), (b"QFI\xfb", "qcow2"), (b"KDUMP   ", "kdump"), (b"EMiL", "LiME"), (b"QEVM", "migration")],
+    [(b"\x1f\x8b", "gzip"), (b"QFI\xfb", "qcow2"), (b"LibvirtQemudSave", "libvirt"), (b"EMiL", "LiME")],
 )
 def test_what_plainly_is_something_else_is_raw_only_on_request(tmp_path: Path, magic: bytes, what: str) -> None:
     path = write(tmp_path / "file", magic + bytes(PAGE - len(magic)))
@@ -71,12 +72,19 @@ def test_format_overrides_detection(tmp_path: Path) -> None:
     with open_image(path, format="raw") as image:
         assert image.total_pages == 2
     assert "no ELF file" in refusal(write(tmp_path / "raw", pattern(1)), format="elfcore")
-    assert "known formats: elfcore, raw" in refusal(path, format="vhs")
+    assert "known formats: elfcore, kdump, mapped-ram, " in refusal(path, format="vhs")
 
 
 def test_formats_have_names_of_their_own() -> None:
     assert len({row.name for row in FORMATS}) == len(FORMATS)
     assert FORMATS[-1].name == "raw"
+
+
+def test_document_has_a_row_for_each_format() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "images.md").read_text()
+    assert sorted(re.findall(r"^\| `([a-z][a-z0-9-]*)` \|", document, re.MULTILINE)) == sorted(
+        row.name for row in FORMATS
+    )
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:

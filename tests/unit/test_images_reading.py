@@ -309,6 +309,22 @@ def test_pages_that_were_unpacked(tmp_path: Path) -> None:
         assert np.array_equal(source.extents[1].pages, pages)
 
 
+def test_pages_that_are_unpacked_once_for_several_gfns(tmp_path: Path) -> None:
+    path = write(tmp_path / "packed", b"whatever it was")
+    file = ImageFile(path)
+    unpacked = Unpacked(file)
+    pages = np.frombuffer(pattern(0, 4), np.uint8).reshape(-1, PAGE)
+    rows = np.array([3, 0, 0, 1, 2, 3, 2, 1, 1])
+    unpacked.add(np.arange(9), pages, rows)
+    unpacked.add(np.arange(9, 11), pages, np.array([0, 0]))
+    with MemoryImage(path, file, "made up", unpacked.layout()) as source:
+        out = new_pages(11)
+        source.read_run(0, out)
+        assert first_words(out) == [*rows.tolist(), 0, 0]
+        source.extents[0].pages[0] = 9
+        assert first_words(source.extents[0].pages[5:6]) == [3]
+
+
 def test_page_that_is_unpacked_twice(tmp_path: Path) -> None:
     file = ImageFile(write(tmp_path / "packed", b"whatever it was"))
     unpacked = Unpacked(file)

@@ -11,19 +11,19 @@ import pytest
 
 from child_process import child
 from memshr.errors import ImageError
-from memshr.procfs import Mapping, ProcessMemory, parse_maps, true_runs
+from memshr.procfs import Mapping, Mappings, ProcessMemory, true_runs
 
 PAGE = 4096
 
 
 def test_maps_line_by_line() -> None:
     text = (
-        "55d0c0a00000-55d0c0a21000 rw-p 00000000 00:00 0                                  [heap]\n"
-        "7f1c10000000-7f1c14000000 ---p 00000000 00:00 0 \n"
-        "7f1c20000000-7f1c20002000 r-xs 00003000 fd:1a 131077                             /tmp/two  words (deleted)\n"
-        "ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                          [vsyscall]\n"
+        b"55d0c0a00000-55d0c0a21000 rw-p 00000000 00:00 0                                  [heap]\n"
+        b"7f1c10000000-7f1c14000000 ---p 00000000 00:00 0 \n"
+        b"7f1c20000000-7f1c20002000 r-xs 00003000 fd:1a 131077                             /tmp/two  words (deleted)\n"
+        b"ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                          [vsyscall]\n"
     )
-    heap, nothing, file, vsyscall = parse_maps(text)
+    heap, nothing, file, vsyscall = Mappings(text)
     assert heap == Mapping(0x55D0C0A00000, 0x55D0C0A21000, True, True, False, False, 0, 0, 0, 0, "[heap]")
     assert heap.pages == 0x21
     assert nothing == Mapping(0x7F1C10000000, 0x7F1C14000000, False, False, False, False, 0, 0, 0, 0, "")
@@ -31,7 +31,35 @@ def test_maps_line_by_line() -> None:
         0x7F1C20000000, 0x7F1C20002000, True, False, True, True, 0x3000, 0xFD, 0x1A, 131077, "/tmp/two  words (deleted)"
     )
     assert (vsyscall.start, vsyscall.path) == (0xFFFFFFFFFF600000, "[vsyscall]")
-    assert parse_maps("") == []
+    assert list(Mappings(b"")) == []
+
+
+def test_many_mappings_as_columns() -> None:
+    text = b"".join(
+        b"%x-%x %s %08x 00:01 %d%s\n" % (at, at + 0x1000, flags, at % 0x10000, inode, path)
+        for at, flags, inode, path in [
+            (0x10000, b"rw-p", 0, b" "),
+            (0x7F0000000000, b"rw-p", 12, b"          /memfd:a (deleted)"),
+            (0x7F0000005000, b"rw-s", 12, b"          /memfd:a (deleted)"),
+            (0x7F0000007000, b"r--p", 4_294_967_296, b" /b"),
+        ]
+    )
+    mappings = Mappings(text)
+    assert mappings.start.tolist() == [0x10000, 0x7F0000000000, 0x7F0000005000, 0x7F0000007000]
+    assert (mappings.end - mappings.start == 0x1000).all()
+    assert mappings.inode.tolist() == [0, 12, 12, 1 << 32]
+    assert mappings.shared.tolist() == [False, False, True, False]
+    assert mappings.paths == ["", "/memfd:a (deleted)", "/b"]
+    chosen = mappings.named(lambda path: path.startswith("/memfd"))
+    assert chosen.tolist() == [False, True, True, False]
+    assert mappings.of(chosen) == mappings[1:3]
+    assert mappings[3].path == "/b"
+
+
+@pytest.mark.parametrize("line", [b"no maps\n", b"10-20 rw-p 0 0:0\n", b"1x-20 rw-p 0 00:00 0 \n", b"\n"])
+def test_lines_that_the_kernel_does_not_write(line: bytes) -> None:
+    with pytest.raises(ValueError, match="a line of maps"):
+        Mappings(b"00010000-00020000 rw-p 00000000 00:00 0 \n" + line)
 
 
 def test_mapping_of_a_file_agrees_with_stat(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from memshr.embedded import EmbeddedHypervisor
 from memshr.errors import ConnectionLostError, MemshrError
@@ -453,6 +454,30 @@ def test_frames_of_several_domains_are_not_joined() -> None:
     report = run(host)
     assert report.dropped == {"separate_frames": 1}
     assert (report.inter_pages, report.saved_pages) == (3, 2)
+
+
+def test_huge_pages_are_split_only_where_it_pays() -> None:
+    class HugeHost(BusyHost):
+        def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+            return np.asarray(pages.gfns < 1024)  # the first two huge pages
+
+    def filled() -> HugeHost:
+        host = HugeHost()
+        for number, name in enumerate("AB"):
+            contents = [page(1000 + 2000 * number + gfn) for gfn in range(1024 + 8)]
+            # Of each guest a zero page and one other in the first huge page, four in the second, two outside.
+            for content, gfn in enumerate((1, 2, 600, 601, 602, 603, 1024, 1025)):
+                contents[gfn] = page(content)
+            add_domain(host, name, contents)
+        return host
+
+    outcomes = {
+        limit: run(filled(), options=SharingOptions(huge_page_pages=limit, threads=1)) for limit in (0, 2, 3, 513)
+    }
+    saved = {limit: report.saved_pages for limit, report in outcomes.items()}
+    assert saved == {0: 9, 2: 9, 3: 6, 513: 2}
+    spared = {limit: report.dropped.get("huge_page", 0) for limit, report in outcomes.items()}
+    assert spared == {0: 0, 2: 0, 3: 4, 513: 12}
 
 
 def test_joining_frames_respects_the_limit() -> None:

@@ -13,6 +13,7 @@ from memshr.cli.session import run_session
 from memshr.cli.share import group_names
 from memshr.embedded import EmbeddedHypervisor
 from memshr.images import open_image
+from memshr.sharing.session import SharingOptions
 from memshr.types import PAGE_SIZE, AuditReport, Counters, DomId, Gfn
 
 _BATCH_PAGES = 2048
@@ -49,7 +50,7 @@ def audit(
             _tell(live.audit(), live.counters(), as_json=as_json)
         return
     with open_images(sources, format=image_format) as hypervisor:
-        report = run_session(hypervisor, groups, max_sharers=max_sharers)
+        report = run_session(hypervisor, groups, SharingOptions(max_sharers=max_sharers))
         checked = wrong = 0
         for info, path in zip(hypervisor.domains(), sources, strict=True):
             pages, differing = _compare_with_image(hypervisor, info.domid, path, image_format)

@@ -38,6 +38,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--rate", type=click.FloatRange(0, min_open=True), metavar="MIB_PER_S", help="Read no faster than that, in MiB/s."
 )
 @click.option(
+    "--sample",
+    metavar="1/N",
+    help="Look at one in N pages only (2 to 4096), chosen by position, and print bounds: quick, but not exact.",
+)
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="Draw the sample that this number stands for.")
+@click.option(
     "--against",
     type=_FILE,
     multiple=True,
@@ -54,6 +60,8 @@ def estimate(
     mappings: int | None,
     interval: float,
     rate: float | None,
+    sample: str | None,
+    seed: int | None,
     against: tuple[Path, ...],
     html_file: str | None,
     csv_file: str | None,
@@ -67,7 +75,7 @@ def estimate(
     apart zero pages, equal pages inside one domain, and equal pages between domains of a trust group; what wider groups
     would save on top; and what the limits of a running host, its mappings and huge pages, leave of it.
 
-    Pages of live sources are read twice; those that change in between are left out.
+    Pages of live sources that could share are read twice; those that change in between are left out.
     """
     with _estimate_progress() as progress:
         found = estimate_sources(
@@ -78,6 +86,8 @@ def estimate(
             mappings=mappings,
             interval_s=interval,
             rate_mib_per_s=rate,
+            sample=sample,
+            seed=seed,
             against=against,
             progress=progress,
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from memshr.cli.session import mib, plain_table
-from memshr.report.estimate import Estimate
+from memshr.report.estimate import Achievable, Bounds, Estimate, Sample
 
 _CONTENTS_SHOWN = 8
 _PAIRS_SHOWN = 10
@@ -20,27 +21,47 @@ def print_estimate(estimate: Estimate, *, grouped: bool) -> None:
     :param grouped: whether trust groups were asked for; if not, the text says that there is such a thing.
     """
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    about = "" if estimate.method.exact else "about "
     share_of = estimate.saved_pages / estimate.total_pages if estimate.total_pages else 0.0
     console.print(
-        f"[bold]{mib(estimate.saved_pages)} MiB can be saved[/bold]: {estimate.saved_pages:,} of"
+        f"[bold]{about}{mib(estimate.saved_pages)} MiB can be saved[/bold]: {about}{estimate.saved_pages:,} of"
         f" {estimate.total_pages:,} pages ({share_of:.0%})"
     )
+    if estimate.bounds is not None and estimate.method.sample is not None:
+        _print_bounds(console, estimate, estimate.method.sample, estimate.bounds)
     console.print(_breakdown(estimate))
     console.print(_domains(estimate))
     if estimate.pairs:
         console.print(_pairs(estimate))
     if estimate.contents:
         console.print(_contents(estimate))
-    achievable = estimate.achievable
+    if estimate.achievable is not None:
+        _print_limits(console, estimate, estimate.achievable)
+    if estimate.between_groups_pages:
+        console.print(f"One trust group of all would save {mib(estimate.between_groups_pages)} MiB more.")
+    if len(estimate.domains) > 1 and not grouped:
+        console.print("Each domain shares within itself only; try --group all to see what one trust group would save.")
+
+
+def _print_bounds(console: Console, estimate: Estimate, sample: Sample, bounds: Mapping[str, Bounds]) -> None:
+    saved, zero = bounds["saved_pages"], bounds["zero_pages"]
+    console.print(
+        f"Estimated from {sample.pages_read:,} pages, {sample.rate} of those with contents, drawn with seed"
+        f" {sample.seed}."
+    )
+    console.print(
+        f"With a confidence of {sample.confidence:.0%} {mib(saved.low)} to {mib(saved.high)} MiB can be saved, of"
+        f" which {mib(zero.low)} to {mib(zero.high)} MiB are zero pages. A sample hardly sees pages that exist only a"
+        " few times: see docs/report.md."
+    )
+
+
+def _print_limits(console: Console, estimate: Estimate, achievable: Achievable) -> None:
     console.print(
         f"On a running host: {mib(achievable.saved_pages)} MiB with {achievable.mappings:,} mappings (at most"
         f" {estimate.method.mappings_per_domain:,} a domain); {mib(achievable.huge_pages_only)} MiB without splitting"
         f" huge pages{'' if achievable.huge_pages_known else ', if all memory were huge pages'}."
     )
-    if estimate.between_groups_pages:
-        console.print(f"One trust group of all would save {mib(estimate.between_groups_pages)} MiB more.")
-    if len(estimate.domains) > 1 and not grouped:
-        console.print("Each domain shares within itself only; try --group all to see what one trust group would save.")
 
 
 def _breakdown(estimate: Estimate) -> Table:

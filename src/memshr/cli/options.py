@@ -49,6 +49,24 @@ reserve_mib = click.option(
 )
 
 
+huge_pages = click.option(
+    "--huge-pages",
+    type=click.Choice(["share", "spare"]),
+    default="share",
+    show_default=True,
+    help="Running guests: share pieces of the host's huge pages, which splits them; or leave huge pages whole.",
+)
+
+huge_share = click.option(
+    "--huge-share",
+    type=click.FloatRange(0, 1),
+    metavar="PART",
+    default=1 / 32,
+    show_default=True,
+    help="Running guests: split a huge page only if at least this part of it can be shared.",
+)
+
+
 def sharing_options(command: _Command) -> _Command:
     """The arguments and options of every command that runs a sharing session."""
     for option in (as_json, max_sharers, image_format, groups, sources):

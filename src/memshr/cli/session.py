@@ -26,7 +26,11 @@ _PAIRS_SHOWN = 20
 
 
 def run_session(
-    hypervisor: Hypervisor, groups: Sequence[str], *, max_sharers: int = 256, domids: Collection[DomId] | None = None
+    hypervisor: Hypervisor,
+    groups: Sequence[str],
+    options: SharingOptions | None = None,
+    *,
+    domids: Collection[DomId] | None = None,
 ) -> SharingReport:
     """Share what can be shared among the host's domains; shows progress when standard error is a terminal.
 
@@ -35,9 +39,7 @@ def run_session(
     domains = [info for info in hypervisor.domains() if domids is None or info.domid in domids]
     trusted = trust_groups(domains, groups, lambda: secrets.randbits(SEED_BITS))
     with _session_progress() as progress:
-        return share(
-            hypervisor, trusted, wait=time.sleep, options=SharingOptions(max_sharers=max_sharers), progress=progress
-        )
+        return share(hypervisor, trusted, wait=time.sleep, options=options, progress=progress)
 
 
 @contextmanager

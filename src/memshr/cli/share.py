@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from math import ceil
 from typing import TYPE_CHECKING
 
 import click
 
 from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_xen, select_domains, select_guests
-from memshr.cli.options import print_json, reserve_mib, sharing_options
+from memshr.cli.options import huge_pages, huge_share, print_json, reserve_mib, sharing_options
 from memshr.cli.session import exit_with, mib, print_report, run_session
 from memshr.errors import RefusedDomainError
 from memshr.sharing.groups import trust_groups
-from memshr.types import PAGE_SIZE, DomainInfo
+from memshr.sharing.session import SharingOptions
+from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, DomainInfo
 
 if TYPE_CHECKING:
     from memshr.qemu.guests import GuestProcess
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 @click.command()
 @sharing_options
 @reserve_mib
+@huge_pages
+@huge_share
 def share(
     sources: tuple[str, ...],
     groups: tuple[str, ...],
@@ -29,6 +33,8 @@ def share(
     max_sharers: int,
     as_json: bool,
     reserve_mib: int,
+    huge_pages: str,
+    huge_share: float,
 ) -> None:
     """Share equal pages now: nominate, compare, share, audit.
 
@@ -43,15 +49,19 @@ def share(
     happens, and the files stay as they are.
     """
     kind = kind_of(sources)
+    options = SharingOptions(
+        max_sharers=max_sharers,
+        huge_page_pages=HUGE_PAGE_PAGES + 1 if huge_pages == "spare" else ceil(huge_share * HUGE_PAGE_PAGES),
+    )
     if kind is SourceKind.QEMU:
-        _share_guests(select_guests(sources), groups, max_sharers, reserve_mib << 20, as_json=as_json)
+        _share_guests(select_guests(sources), groups, options, reserve_mib << 20, as_json=as_json)
         return
     if kind is SourceKind.XEN:
         with open_xen() as xen:
-            report = run_session(xen, groups, max_sharers=max_sharers, domids=select_domains(xen, sources))
+            report = run_session(xen, groups, options, domids=select_domains(xen, sources))
     else:
         with open_images(sources, format=image_format) as hypervisor:
-            report = run_session(hypervisor, groups, max_sharers=max_sharers)
+            report = run_session(hypervisor, groups, options)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -70,7 +80,12 @@ def group_names(specs: Sequence[str], domains: Sequence[DomainInfo]) -> Mapping[
 
 
 def _share_guests(
-    processes: Sequence[GuestProcess], groups: Sequence[str], max_sharers: int, reserve_bytes: int, *, as_json: bool
+    processes: Sequence[GuestProcess],
+    groups: Sequence[str],
+    options: SharingOptions,
+    reserve_bytes: int,
+    *,
+    as_json: bool,
 ) -> None:
     from memshr.qemu.pagemap import host_available_bytes  # noqa: PLC0415  # only where there are guests
 
@@ -79,7 +94,7 @@ def _share_guests(
     with open_guests(
         willing, groups=lambda domains: group_names(groups, domains), reserve_bytes=reserve_bytes
     ) as hypervisor:
-        report = run_session(hypervisor, groups, max_sharers=max_sharers)
+        report = run_session(hypervisor, groups, options)
         hypervisor.fold_back()
         figures = [hypervisor.guest_figures(info.domid) for info in hypervisor.domains()]
     gained_bytes = host_available_bytes() - before_bytes

@@ -74,6 +74,15 @@ class EmbeddedHypervisor(Host):
         kinds: NDArray[np.int64] = self.books.entries.gather(Spots(self._pids(pages))) & TYPE_MASK
         return np.asarray(kinds != P2mType.RAM_POD)
 
+    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+        """See the seam: there are none here."""
+        return np.zeros(len(pages), np.bool_)
+
+    def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
+        """See the seam."""
+        values = self.books.entries.gather(Spots(self._pids(pages)))
+        return np.where(values & TYPE_MASK == P2mType.RAM_SHARED, values >> TYPE_BITS, -1)
+
     def read_range(self, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:
         """See the seam: a view of the frames where they are in a row, a copy in ``buffer`` where not."""
         domain = self._existing(domid, "read_range")

@@ -19,12 +19,16 @@ from memshr.errors import ImageError
 from memshr.images.elfcore import ElfCore
 from memshr.images.file import Contents, FolderFormat, ImageFile, ImageFormat
 from memshr.images.image import MemoryImage
+from memshr.images.kdump import Kdump
+from memshr.images.mappedram import MappedRam
 from memshr.images.raw import Raw
 
 __all__ = ["FORMATS", "MemoryImage", "open_image"]
 
 FORMATS: tuple[ImageFormat, ...] = (
     ElfCore(),
+    Kdump(),
+    MappedRam(),
     Raw(),  # last: it takes whatever nobody else claims
 )
 """Every format that can be read, in the order in which they are asked whether a file is theirs."""

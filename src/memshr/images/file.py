@@ -110,6 +110,12 @@ class Contents:
                 self._holes = self._found_holes()
             return self._holes
 
+    def in_hole(self, offset: int, length: int) -> bool:
+        """Whether all of these bytes lie in one hole, so that they need not be read to be known for zeros."""
+        holes = self.holes()
+        hole = int(np.searchsorted(holes[:, 0], offset, side="right")) - 1
+        return hole >= 0 and offset + length <= int(holes[hole, 1])
+
     def _found_holes(self) -> NDArray[np.int64]:
         found = array.array("q")
         descriptor, place = self.fileno(), 0
@@ -272,19 +278,28 @@ class Unpacked(Contents):
             raise self._no_room(error) from error
         super().__init__(descriptor, 0)
 
-    def add(self, gfns: Gfns, pages: PageBytes) -> None:
+    def add(self, gfns: Gfns, pages: PageBytes, rows: NDArray[np.intp] | None = None) -> None:
         """Store a page for each gfn.
 
-        :param gfns: shape ``(n,)``. :param pages: shape ``(n, PAGE_SIZE)``, C-contiguous.
+        :param gfns: shape ``(n,)``. :param pages: shape ``(m, PAGE_SIZE)``, C-contiguous.
+        :param rows: shape ``(n,)``: gfn i gets the page ``rows[i]``; None: it gets page i.
         :raises BackendError: no room for them.
         """
+        if rows is None:
+            rows = np.arange(len(gfns))
         with self._add_lock:
-            start, self.size = self.size, self.size + pages.nbytes
+            start, self.size = self.size, self.size + len(gfns) * PAGE_SIZE
             self._runs.append(runs_of(gfns, start + PAGE_SIZE * np.arange(len(gfns), dtype=np.int64)))
-        stored = np.diff(pages.reshape(len(gfns), -1).any(axis=1).astype(np.int8), prepend=0, append=0)
+        place = np.flatnonzero(np.asarray(pages.view(np.uint64).any(axis=1))[rows])
+        if not len(place):
+            return
+        row = rows[place]
+        first = np.flatnonzero(np.append(True, (np.diff(place) != 1) | (np.diff(row) != 1)))
         try:
-            for first, end in np.flatnonzero(stored).reshape(-1, 2).tolist():
-                self._write(pages[first:end], start + first * PAGE_SIZE)
+            for at, begin, count in zip(
+                place[first].tolist(), row[first].tolist(), np.diff(first, append=len(place)).tolist(), strict=True
+            ):
+                self._write(pages[begin : begin + count], start + at * PAGE_SIZE)
         except OSError as error:
             raise self._no_room(error) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -105,7 +106,8 @@ class MemoryImage:
                 int(runs["pages"][zeros].sum()) * PAGE_SIZE,
                 flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
             )
-            anonymous.madvise(mmap.MADV_NOHUGEPAGE)
+            if sys.platform == "linux":
+                anonymous.madvise(mmap.MADV_NOHUGEPAGE)  # else a page that is written takes 2 MiB
             empty = np.frombuffer(anonymous, np.uint8)
         place = np.where(zeros, 0, runs["offset"])
         place[zeros] = (np.cumsum(runs["pages"][zeros]) - runs["pages"][zeros]) * PAGE_SIZE

@@ -21,9 +21,7 @@ _OTHERS: dict[bytes, tuple[str, str]] = {
     b"7z\xbc\xaf\x27\x1c": ("a 7z file", "unpack it first"),
     b"QFI\xfb": ("a qcow2 disk", "name an image of memory, not of a disk"),
     b"KDMV": ("a VMDK disk", "name an image of memory, not of a disk"),
-    b"KDUMP   ": ("a kdump-compressed dump", "write an ELF dump: dump-guest-memory without a format"),
-    b"makedumpfile\0": ("a flattened kdump-compressed dump", "write an ELF dump: dump-guest-memory without a format"),
-    b"QEVM": ("a QEMU migration stream", "write an ELF dump: dump-guest-memory"),
+    b"LibvirtQemudSave": ("a saved guest of libvirt", "write an ELF dump: virsh dump --memory-only"),
     b"EMiL": ("a LiME image", "write it again with LiME's format=padded"),
     b"AVML": ("an AVML image", "convert it to raw with avml-convert"),
 }

@@ -43,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import BackendError, ConnectionLostError, InvariantError, RefusedDomainError
-from memshr.procfs import parse_maps
+from memshr.procfs import process_mappings
 from memshr.qemu import syscalls
 from memshr.qemu.monitor import Monitor
 
@@ -315,7 +315,7 @@ class ControlArea:
         :raises OSError: the process is gone, or we may not look into it.
         """
         found = []
-        for mapping in parse_maps(Path(f"/proc/{pid}/maps").read_text()):
+        for mapping in process_mappings(pid, of=MAPPED_CONTROL):
             if mapping.path != MAPPED_CONTROL or not mapping.executable:
                 continue
             # SAFETY: a QEMU that has been broken out of could show us a file of its own under this name; only we can

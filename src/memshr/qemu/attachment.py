@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import BackendError, HostMemoryError, NoSuchDomainError, RefusedDomainError
-from memshr.procfs import Mapping, parse_maps
+from memshr.procfs import Mapping, Mappings, process_mappings
 from memshr.qemu import agent, guests, pagemap, syscalls
 from memshr.qemu.agent import ControlArea, Session
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.pagemap import Pagemap
-from memshr.qemu.pool import MAPPED_PREFIX, FramePool, group_of
+from memshr.qemu.pool import FramePool, group_of, of_pools
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
 
 Pages = NDArray[np.int64]
@@ -184,19 +184,15 @@ class Attachment:
             self.dead = True
             raise self.gone() from error
 
-    def _maps(self) -> str:
+    def _mappings(self) -> Mappings:
         try:
-            text = Path(f"/proc/{self.process.pid}/maps").read_text()
+            mappings = process_mappings(self.process.pid)
         except OSError as error:
             raise self._failed(error) from error
-        if not text:
+        if not len(mappings):
             self.dead = True
             raise self.gone()
-        return text
-
-    def _other_mappings(self) -> list[Mapping]:
-        # What QEMU has mapped now besides frames; of those there may be very many.
-        return parse_maps("\n".join(line for line in self._maps().split("\n") if MAPPED_PREFIX not in line))
+        return mappings
 
     def read_run(self, first: int, out: PageBytes) -> None:
         """Contents of consecutive pages. Pages that were never touched are not touched by this."""
@@ -237,25 +233,19 @@ class Attachment:
 
     def pool_mappings(self) -> Iterator[PoolMappings]:
         """Where QEMU has frame pools mapped, one by one; made for tens of thousands of mappings."""
-        lines: dict[str, list[str]] = {}
-        for line in self._maps().split("\n"):
-            if MAPPED_PREFIX in line:
-                _, flags, _, file = line.split(" ", 3)
-                lines.setdefault(flags + file, []).append(line)
-        for same in lines.values():
-            (sample,) = parse_maps(same[0])
-            group = group_of(sample)
-            if group is None:
-                continue
-            fields = [line.split(" ", 3) for line in same]
-            ends = [addresses.split("-") for addresses, *_ in fields]
-            starts = np.array([int(start, 16) for start, _ in ends], dtype=np.int64)
-            lengths = (np.array([int(end, 16) for _, end in ends], dtype=np.int64) - starts) >> PAGE_SHIFT
-            first_frames = np.array([int(offset, 16) for _, _, offset, _ in fields], dtype=np.int64) >> PAGE_SHIFT
+        mappings = self._mappings()
+        pools = of_pools(mappings)
+        files = np.stack([mappings.name, mappings.inode.astype(np.int64)], axis=1)
+        for file in np.unique(files[pools], axis=0):
+            (rows,) = np.nonzero(pools & (files == file).all(axis=1))
+            starts = mappings.start[rows].astype(np.int64)
+            lengths = (mappings.end[rows].astype(np.int64) - starts) >> PAGE_SHIFT
+            first_frames = mappings.offset[rows].astype(np.int64) >> PAGE_SHIFT
             inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            sample = mappings[int(rows[0])]
             yield PoolMappings(
                 sample,
-                group,
+                group_of(sample.path),
                 np.repeat(starts, lengths) + inside * PAGE_SIZE,
                 np.repeat(first_frames, lengths) + inside,
             )
@@ -298,23 +288,22 @@ class Attachment:
                     control.close()
                     raise
                 self._control = control
-                self._flags = self._ram_flags()
+                mappings = self._mappings()
+                self._flags = self._ram_flags(mappings)
                 self.register()
-                self.count_mappings()
-                self._clear_side()
+                self._note_count(mappings)
+                self._clear_side(mappings)
             except OSError as error:
                 raise self._failed(error) from error
 
-    def _ram_flags(self) -> frozenset[str]:
+    def _ram_flags(self, mappings: Mappings) -> frozenset[str]:
         # Of memory that we have not replaced, if any is left; ours have the same, but for huge pages.
-        addresses = [
-            max(mapping.start, ram.hva)
-            for mapping in self._other_mappings()
-            if not mapping.inode
-            for ram in self.layout
-            if mapping.start < ram.end_hva and ram.hva < mapping.end
-        ]
-        return pagemap.mapping_flags(self.process.pid, addresses[0] if addresses else self.layout[0].hva)
+        for ram in self.layout:
+            inside = mappings.ordinary & (mappings.start < ram.end_hva) & (mappings.end > ram.hva)
+            if inside.any():
+                address = max(int(mappings.start[np.argmax(inside)]), ram.hva)
+                return pagemap.mapping_flags(self.process.pid, address)
+        return pagemap.mapping_flags(self.process.pid, self.layout[0].hva)
 
     def _advise(self, start: int, length_bytes: int, flags: tuple[str, ...]) -> list[list[int]]:
         return [
@@ -325,7 +314,10 @@ class Attachment:
 
     def count_mappings(self) -> None:
         """See how many mappings QEMU may still get."""
-        self._mappings_left = pagemap.map_count_limit() - MAP_RESERVE - self._maps().count("\n")
+        self._note_count(self._mappings())
+
+    def _note_count(self, mappings: Mappings) -> None:
+        self._mappings_left = pagemap.map_count_limit() - MAP_RESERVE - len(mappings)
 
     @property
     def mappings_left(self) -> int:
@@ -558,7 +550,7 @@ class Attachment:
             finished = int(np.searchsorted(ends, got, side="right"))
             done += finished
             if finished < len(batch):
-                self._clear_side()
+                self._clear_side(self._mappings())
                 break
         return done
 
@@ -648,7 +640,7 @@ class Attachment:
         self._unregistered[pages[:moved]] = True
         if done < len(table):
             failure = session.failure(done, "copying pages back")
-            self._clear_side()
+            self._clear_side(self._mappings())
             if not moved:
                 raise HostMemoryError(
                     f"no memory to give pages of guest {self.process.name} their own copy: {failure}",
@@ -676,15 +668,15 @@ class Attachment:
             pieces["length"][: len(starts)] = lengths
         return len(starts), int(lengths.sum())
 
-    def _clear_side(self) -> None:
+    def _clear_side(self, mappings: Mappings) -> None:
         # Whatever a memshr that died, or a table that stopped, has left where pages are built. Nothing of QEMU's is
         # there: the addresses are ours from the moment on that the agent was put in.
         session = self.working_session()
         side = session.control.side_address
+        inside = (side <= mappings.start) & (mappings.start < side + agent.SIDE_BYTES)
         left = [
             [syscalls.NR_MUNMAP, mapping.start, mapping.end - mapping.start, 0, 0, 0, 0, 0]
-            for mapping in self._other_mappings()
-            if side <= mapping.start < side + agent.SIDE_BYTES
+            for mapping in mappings.of(inside)
         ]
         if left:
             session.run(np.array(left[: agent.TABLE_ENTRIES], dtype=np.uint64))

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from memshr.errors import BackendError, NoSuchDomainError
-from memshr.procfs import Mapping, parse_maps
+from memshr.procfs import Mappings, process_mappings
 from memshr.qemu import syscalls
 from memshr.qemu.monitor import Monitor, MonitorError
-from memshr.qemu.pool import group_of
+from memshr.qemu.pool import of_pools
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, Gfn
 
 _PROGRAM = re.compile(r"^(qemu-system-\w+|qemu-kvm|kvm)$")
@@ -79,9 +81,9 @@ class GuestProcess:
             raise BackendError(f"guest {self.name} ({self.pid}): {reason.reason}", remedy=reason.remedy)
         return Monitor(self.qmp_path)
 
-    def mappings(self) -> list[Mapping]:
+    def mappings(self) -> Mappings:
         """What it has mapped now. :raises OSError: it has ended, or we may not look."""
-        return parse_maps(Path(f"/proc/{self.pid}/maps").read_text())
+        return process_mappings(self.pid)
 
     @property
     def running(self) -> bool:
@@ -414,13 +416,13 @@ def status_refusals(status: str) -> list[Refusal]:
     return found
 
 
-def _on_hugetlbfs(pid: int, mappings: Sequence[Mapping]) -> set[int]:
+def _on_hugetlbfs(pid: int, mappings: Mappings) -> set[int]:
     # The inodes of those mapped files whose pages are larger than pages are.
     found = set()
     seen = set()
-    for mapping in mappings:
+    for mapping in mappings.of((mappings.inode != 0) & ~of_pools(mappings)):
         file_of = (mapping.dev_major, mapping.dev_minor, mapping.inode)
-        if mapping.inode and mapping.writable and file_of not in seen:
+        if mapping.writable and file_of not in seen:
             seen.add(file_of)
             try:
                 file = Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
@@ -432,22 +434,19 @@ def _on_hugetlbfs(pid: int, mappings: Sequence[Mapping]) -> set[int]:
 
 
 def mapping_refusals(
-    mappings: Sequence[Mapping], layout: Sequence[RamRange], huge_inodes: Collection[int] = ()
+    mappings: Mappings, layout: Sequence[RamRange], huge_inodes: Collection[int] = ()
 ) -> list[Refusal]:
     """The reasons that show in how the guest's RAM is mapped: only private anonymous memory can be shared.
 
     :param huge_inodes: the files among the mappings that lie on hugetlbfs.
     """
     found = []
+    odd = ~mappings.ordinary & ~of_pools(mappings)
     for ram in layout:
-        covered = 0
-        for mapping in mappings:
-            overlap = min(mapping.end, ram.end_hva) - max(mapping.start, ram.hva)
-            if overlap <= 0:
-                continue
-            covered += overlap
-            if group_of(mapping) is not None:
-                continue
+        inside = (mappings.start < ram.end_hva) & (mappings.end > ram.hva)
+        ends = np.minimum(mappings.end[inside], ram.end_hva)
+        covered = int((ends - np.maximum(mappings.start[inside], ram.hva)).sum())
+        for mapping in mappings.of(inside & odd):
             if "hugepage" in mapping.path or (mapping.inode and mapping.inode in huge_inodes):
                 found.append(
                     Refusal(
@@ -462,10 +461,8 @@ def mapping_refusals(
                 )
             elif mapping.inode:
                 found.append(Refusal(f"its RAM {ram.block} is a mapped file", "use memory-backend-ram"))
-            elif not (mapping.readable and mapping.writable):
-                found.append(Refusal(f"its RAM {ram.block} is not writable to QEMU itself", "use memory-backend-ram"))
             else:
-                continue
+                found.append(Refusal(f"its RAM {ram.block} is not writable to QEMU itself", "use memory-backend-ram"))
             break
         else:
             if covered != ram.pages * PAGE_SIZE:

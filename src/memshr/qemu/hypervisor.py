@@ -338,8 +338,8 @@ class QemuHypervisor:
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """LIVE and ZERO."""
-        return frozenset({Capability.LIVE, Capability.ZERO})
+        """LIVE, ZERO and FRAMES."""
+        return frozenset({Capability.LIVE, Capability.ZERO, Capability.FRAMES})
 
     def domains(self) -> Sequence[DomainInfo]:
         """The guests that are still there, in order of domid."""
@@ -385,6 +385,24 @@ class QemuHypervisor:
             entries = guest.entries(self._local(guest, ids[there[rows]]))
             in_pool = self._frame[ids[there[rows]]] != _NOWHERE
             found[there[rows]] = in_pool | (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries))
+        return found
+
+    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+        """As the seam says: transparent huge pages. Looks at one page of each."""
+        found = np.zeros(len(pages), dtype=np.bool_)
+        ids, _ = self._ids(pages)
+        there = np.flatnonzero(ids >= 0)
+        for guest, rows in self._by_guest(ids[there]):
+            found[there[rows]] = guest.huge(self._local(guest, ids[there[rows]]))
+        return found
+
+    def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
+        """As the seam says: looks at the pagemap of the pages that have a frame mapped."""
+        found = np.full(len(pages), _NOWHERE, dtype=np.int64)
+        ids, _ = self._ids(pages)
+        there = np.flatnonzero(ids >= 0)
+        there = there[self._on_frame(ids[there])]
+        found[there] = self._frame[ids[there]]
         return found
 
     def read_range(self, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:
@@ -1026,7 +1044,7 @@ class QemuHypervisor:
             # A table that a dead memshr has left may be about to map any pool.
             if is_in_session(process.pid) and holder_of(process.pid) is None:
                 return True
-            return any(mapping.inode == pool.inode for mapping in process.mappings())
+            return bool((process.mappings().inode == pool.inode).any())
         except OSError:
             return process.running
 
@@ -1105,24 +1123,6 @@ class QemuHypervisor:
         self._watch.remove(guest.session.uffd)
         self._enabled[domid - 1] = False
         guest.detach()
-
-    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
-        """Which pages are parts of transparent huge pages, so that sharing them splits one."""
-        found = np.zeros(len(pages), dtype=np.bool_)
-        ids, _ = self._ids(pages)
-        there = np.flatnonzero(ids >= 0)
-        for guest, rows in self._by_guest(ids[there]):
-            found[there[rows]] = guest.huge(self._local(guest, ids[there[rows]]))
-        return found
-
-    def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
-        """The frame (mfn) that each page is on now, -1 for those that are on none: what need not be shared again."""
-        found = np.full(len(pages), _NOWHERE, dtype=np.int64)
-        ids, _ = self._ids(pages)
-        there = np.flatnonzero(ids >= 0)
-        there = there[self._on_frame(ids[there])]
-        found[there] = self._frame[ids[there]]
-        return found
 
     def enlisted(self, domid: DomId) -> GuestProcess:
         """The process behind a domid."""

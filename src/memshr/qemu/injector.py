@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from memshr.procfs import Mapping, parse_maps
+from memshr.procfs import Mapping, process_mappings
 from memshr.qemu import agent, syscalls
 from memshr.qemu.syscalls import Registers
 
@@ -265,7 +265,7 @@ def _calculate(operation: int, left: int, right: int) -> int:
 def attach(pid: int, number: int, control: agent.ControlArea) -> dict[str, object]:
     """Map the control area, which QEMU has as descriptor ``number``, and make the agent thread."""
     _judge_seccomp(pid)
-    mappings = parse_maps(Path(f"/proc/{pid}/maps").read_text())
+    mappings = process_mappings(pid)
     gadget, code_address = _gadget(pid, mappings), _free_address(mappings)
     control.code_address = code_address
     sized = struct.pack("<3Q", control.data_address, agent.CONTROL_BYTES - agent.DATA, number)
@@ -304,7 +304,7 @@ def attach(pid: int, number: int, control: agent.ControlArea) -> dict[str, objec
 
 def detach(pid: int, code_address: int) -> dict[str, object]:
     """Unmap the control area at ``code_address``; its thread has ended."""
-    mappings = parse_maps(Path(f"/proc/{pid}/maps").read_text())
+    mappings = process_mappings(pid)
     gadget = _gadget(pid, mappings)
     original, onward, started_ns = _stop_in_system_call(pid)
     borrowed = Registers.from_buffer_copy(original)

@@ -24,21 +24,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import HostMemoryError, InvariantError
-from memshr.procfs import Mapping
+from memshr.procfs import Mapping, Mappings
 from memshr.qemu import syscalls
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
 
 NAME_PREFIX: Final = "memshr-pool:"
-MAPPED_PREFIX: Final = f"/memfd:{NAME_PREFIX}"
+_MAPPED_PREFIX: Final = f"/memfd:{NAME_PREFIX}"
 _MODE: Final = 0o400
 _DELETED: Final = " (deleted)"
 
 
-def group_of(mapping: Mapping) -> str | None:
-    """The trust group of the pool that a line of /proc/PID/maps claims to show; None: it shows something else."""
-    if not mapping.path.startswith(MAPPED_PREFIX) or mapping.shared:
-        return None
-    return mapping.path.removeprefix(MAPPED_PREFIX).removesuffix(_DELETED)
+def of_pools(mappings: Mappings) -> NDArray[np.bool_]:
+    """Which mappings claim to be of frame pools, shape ``(n,)``. Shared ones lie: ours are private."""
+    return mappings.named(lambda path: path.startswith(_MAPPED_PREFIX)) & ~mappings.shared
+
+
+def group_of(path: str) -> str:
+    """The trust group whose pool has this path in /proc/PID/maps."""
+    return path.removeprefix(_MAPPED_PREFIX).removesuffix(_DELETED)
 
 
 class FramePool:
@@ -62,13 +65,10 @@ class FramePool:
 
     @classmethod
     def adopt(cls, pid: int, mapping: Mapping) -> Self | None:
-        """The pool behind a mapping of a guest; None if it is no pool that a memshr made.
+        """The pool behind a mapping of a guest (see of_pools); None if it is no pool that a memshr made.
 
         :raises OSError: the guest is gone or the mapping is.
         """
-        group = group_of(mapping)
-        if group is None:
-            return None
         # SAFETY: nothing is read or written before the checks; a guest could name a file of its own like a pool.
         file = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
         status = os.fstat(file)
@@ -76,7 +76,7 @@ class FramePool:
         if not genuine or not fcntl.fcntl(file, syscalls.F_GET_SEALS) & syscalls.F_SEAL_SHRINK:
             os.close(file)
             return None
-        return cls(group, file)
+        return cls(group_of(mapping.path), file)
 
     @property
     def frames(self) -> int:

@@ -15,7 +15,7 @@ from memshr.procfs import Mapping
 from memshr.qemu import guests, pagemap
 from memshr.qemu.agent import MAPPED_CONTROL
 from memshr.qemu.guests import GuestProcess, Refusal
-from memshr.qemu.pool import group_of
+from memshr.qemu.pool import group_of, of_pools
 from memshr.types import PAGE_SIZE
 
 
@@ -69,15 +69,15 @@ def status_of(process: GuestProcess) -> GuestStatus:
         without = guests.refusals(process, None, [])
         refusals = without if process.qmp_path is None else (*without[:-1], Refusal(*_halves(error)))
     mappings = process.mappings()
-    pools = [mapping for mapping in mappings if group_of(mapping) is not None]
+    pools = mappings.of(of_pools(mappings))
     sharing, frames = _sharing(process.pid, pools)
     return GuestStatus(
         process=process,
         state=state,
         ram_bytes=ram_bytes,
         refusals=refusals,
-        attached=any(mapping.path == MAPPED_CONTROL for mapping in mappings),
-        groups=tuple(sorted({group_of(mapping) or "" for mapping in pools})),
+        attached=MAPPED_CONTROL in mappings.paths,
+        groups=tuple(sorted({group_of(mapping.path) for mapping in pools})),
         sharing_pages=sharing,
         copied_pages=sum(mapping.pages for mapping in pools) - sharing,
         frames=frames,
@@ -91,7 +91,9 @@ def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for process in processes:
-        groups = sorted({group for mapping in process.mappings() if (group := group_of(mapping)) is not None})
+        mappings = process.mappings()
+        pools = of_pools(mappings)
+        groups = sorted({group_of(mappings.paths[name]) for name in np.unique(mappings.name[pools]).tolist()})
         if groups:
             found.setdefault(groups[0], []).append(process.name)
     return found

@@ -48,7 +48,7 @@ class Bounds(NamedTuple):
 class Sample:
     """How a sampled estimate was drawn.
 
-    * ``rate``: which part of all contents was looked at, such as ``1/64``.
+    * ``rate``: which part of the pages that have contents was looked at, such as ``1/64``; chosen by position.
     * ``pages_read``: pages that were read to find them.
     * ``confidence``: the probability, 0 to 1, that a figure lies within its bounds.
     """
@@ -196,13 +196,15 @@ class GroupEstimate:
 class Estimate:
     """What sharing would save; the module's docstring says how the figures add up, DomainEstimate what they mean.
 
-    * ``saved_pages``: with every page that may share sharing; ``achievable`` says what the limits of a host leave.
+    * ``saved_pages``: with every page that may share sharing; ``achievable`` says what the limits of a host leave
+      (None: a sample cannot tell).
     * ``between_groups_pages``: what one single trust group would save on top.
     * ``collisions``: pages that had the fingerprint of others but not their contents.
     * ``stopped``: why the estimate ended early, in one line; None if it came to its end.
     * ``pairs``: every two domains that have something in common.
     * ``contents``: those that save most, best first.
-    * ``bounds``: figure -> where it lies; None if the estimate is exact.
+    * ``bounds``: figure -> where it lies; None if the estimate is exact. With bounds every figure about contents is
+      estimated, ``pairs`` and ``copies`` are empty, and ``contents`` are those of the sample, with copies extrapolated.
     """
 
     method: Method
@@ -220,7 +222,7 @@ class Estimate:
     stopped: str | None
     dropped: dict[str, int]
     counters: Counters
-    achievable: Achievable
+    achievable: Achievable | None
     domains: tuple[DomainEstimate, ...]
     pairs: tuple[PairEstimate, ...]
     contents: tuple[Content, ...]

@@ -23,6 +23,7 @@ REASONS_TO_DROP = {
     "not_sharable": "no plain RAM any more when it was nominated or read",
     "busy": "its frame has references besides the domain's own, such as a foreign mapping",
     "refused": "the hypervisor refused the page or its whole domain, for another reason",
+    "huge_page": "is part of a huge page of the host of which too few pages could be shared to pay for splitting it",
     "written": "written by its guest after it had been nominated, or since the scan if it was to be a zero page",
     "no_memory": "the host ran out of memory, and the session stopped before it came to this page",
     "domain_gone": "its domain was destroyed while the session ran",

@@ -46,6 +46,10 @@ class Scanner:
         self._fingerprint_pages = fingerprint_pages
         self._batch_pages = batch_pages
         self._buffer: PageBytes = np.empty((batch_pages, PAGE_SIZE), dtype=np.uint8)
+        # The frames that were met, ascending, with what ``Scan`` says of a page.
+        self._frames = np.empty(0, dtype=np.int64)
+        self._frame_fingerprints: Fingerprints = np.empty(0, dtype=np.uint64)
+        self._frame_readable = np.empty(0, dtype=np.bool_)
 
     def backed_gfns(self, domid: DomId, populated: NDArray[np.int64]) -> Gfns:
         """The gfns of ``populated`` (rows of first gfn and pages) that the host spends memory on, ascending.
@@ -75,6 +79,32 @@ class Scanner:
             batch = slice(first, first + self._batch_pages)
             self._scan_batch(domid, gfns[batch], fingerprints[batch], readable[batch])
             advance(len(gfns[batch]))
+        return Scan(gfns, fingerprints, readable)
+
+    def scan_sharing(self, domid: DomId, gfns: Gfns, frames: NDArray[np.int64], advance: Callable[[int], None]) -> Scan:
+        """As ``scan``, but one page stands for all that share its frame, in every domain that this scanner looks at.
+
+        :param frames: what ``Hypervisor.frames_of`` says of the pages, shape ``(n,)``. A page that is written after
+            that has the frame's fingerprint here, or its frame has the new page's: contents are compared in any case.
+        """
+        (shared,) = np.nonzero(frames >= 0)
+        distinct, first = np.unique(frames[shared], return_index=True)
+        unseen = ~np.isin(distinct, self._frames)
+        standing = shared[first[unseen]]
+        read = frames < 0
+        read[standing] = True
+        advance(len(gfns) - int(np.count_nonzero(read)))
+        scan = self.scan(domid, gfns[read], advance)
+        fingerprints = np.empty(len(gfns), dtype=np.uint64)
+        readable = np.ones(len(gfns), dtype=np.bool_)
+        fingerprints[read], readable[read] = scan.fingerprints, scan.readable
+        met = np.concatenate([self._frames, distinct[unseen]])
+        order = np.argsort(met)
+        self._frames = met[order]
+        self._frame_fingerprints = np.concatenate([self._frame_fingerprints, fingerprints[standing]])[order]
+        self._frame_readable = np.concatenate([self._frame_readable, readable[standing]])[order]
+        places = np.searchsorted(self._frames, frames[shared])
+        fingerprints[shared], readable[shared] = self._frame_fingerprints[places], self._frame_readable[places]
         return Scan(gfns, fingerprints, readable)
 
     def _scan_batch(self, domid: DomId, gfns: Gfns, fingerprints: Fingerprints, readable: NDArray[np.bool_]) -> None:

@@ -38,7 +38,7 @@ from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprinter, Fin
 from memshr.sharing.groups import Group
 from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, PairReport, SharingReport
 from memshr.sharing.scan import FingerprintPages, Scan, Scanner
-from memshr.types import PAGE_SIZE, DomId, DomIds, Gfn, Handles, PageArray, PageBytes, Statuses
+from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, DomId, DomIds, Gfn, Handles, PageArray, PageBytes, Statuses
 
 Mask = NDArray[np.bool_]
 Places = NDArray[np.intp]
@@ -54,6 +54,8 @@ class SharingOptions:
         While a batch is under way, writers to its pages wait on some mechanisms.
     :param scan_pages: pages that are read and fingerprinted in one go.
     :param sample_interval_s: seconds between the two samples of running guests.
+    :param huge_page_pages: how many pages of a huge page must be worth sharing for it to be split. 0: split always;
+        more than HUGE_PAGE_PAGES: never. A huge page saves the processor work; splitting it for next to nothing loses.
     :param threads: threads that fingerprint; None: one for each core.
     """
 
@@ -61,6 +63,7 @@ class SharingOptions:
     batch_pages: int = 1024
     scan_pages: int = 8192
     sample_interval_s: float = 1.0
+    huge_page_pages: int = 16
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -218,6 +221,8 @@ class _GroupSession:
         self._contents: Classes = np.empty(0, np.int64)
         self._frames: Handles = np.empty(0, np.uint64)
         self._zero_content: int | None = None
+        self._has_frames = False
+        """some pages are shared already, and the mechanism tells which frames they are on"""
 
     def run(self) -> _Tally:
         """Scan, share and count. If the host runs out of memory, ``stopped`` says so and the rest is counted."""
@@ -227,6 +232,8 @@ class _GroupSession:
             self._probe()
             if Capability.LIVE in self._hypervisor.capabilities:
                 self._sample_again()
+            if self._options.huge_page_pages:
+                self._spare_huge_pages()
             self._take_zeros()
         reached = self.stopped is None
         if reached:
@@ -258,6 +265,7 @@ class _GroupSession:
                 books.gone = True
         if not shr_pages:
             self._oldest_fresh = 0
+        self._has_frames = shr_pages > 0 and Capability.FRAMES in self._hypervisor.capabilities
         return populated
 
     def _scan(self, populated: dict[DomId, NDArray[np.int64]]) -> None:
@@ -271,7 +279,11 @@ class _GroupSession:
                 gfns = scanner.backed_gfns(domid, populated[domid])
                 books.absent_pages = books.total_pages - len(gfns)
                 advance(books.absent_pages)
-                scan = scanner.scan(domid, gfns, advance)
+                if self._has_frames:
+                    frames = self._hypervisor.frames_of(PageArray.of_domain(domid, gfns))
+                    scan = scanner.scan_sharing(domid, gfns, frames, advance)
+                else:
+                    scan = scanner.scan(domid, gfns, advance)
             except DomainError:
                 books.gone = True
                 continue
@@ -299,11 +311,15 @@ class _GroupSession:
         # Only pages that could be shared or released are worth a second look. What has changed is dropped.
         again = repeated(self._fingerprints) | (self._fingerprints == ZERO_PAGE_FINGERPRINT)
         pages, fingerprints = self._pages[again], self._fingerprints[again]
+        found = []
+        if self._has_frames:  # whoever still is on a frame has not written
+            on_frame = self._hypervisor.frames_of(pages) >= 0
+            found.append((pages[on_frame], fingerprints[on_frame]))
+            pages, fingerprints = pages[~on_frame], fingerprints[~on_frame]
         if len(pages):
             self._wait(self._options.sample_interval_s)
         scanner = Scanner(self._hypervisor, self._fingerprint_pages, self._options.scan_pages)
         advance = self._advancing("second sample", len(pages))
-        found = []
         for domid in np.unique(pages.domids).tolist():
             ours = pages.domids == domid
             try:
@@ -316,6 +332,29 @@ class _GroupSession:
             self.books[domid].dropped["volatile"] += int(np.count_nonzero(scan.readable & ~steady))
             found.append(_pages_of(domid, scan, steady))
         self._pages, self._fingerprints = _joined(found)
+        if self._has_frames:
+            self._order()
+
+    def _spare_huge_pages(self) -> None:
+        # Leave out what lies in huge pages of which too few pages could be shared or released.
+        sharable = repeated(self._fingerprints) | (self._fingerprints == ZERO_PAGE_FINGERPRINT)
+        (rows,) = np.nonzero(sharable)
+        rows = rows[self._hypervisor.huge(self._pages[rows])]
+        if not len(rows):
+            return
+        pages = self._pages[rows]
+        huge_pages = pages.gfns // HUGE_PAGE_PAGES << _DOMID_BITS | pages.domids
+        _, which, counts = np.unique(huge_pages, return_inverse=True, return_counts=True)
+        spared = counts[which] < self._options.huge_page_pages
+        self._drop("huge_page", pages[spared])
+        keep = np.ones(len(self._pages), np.bool_)
+        keep[rows[spared]] = False
+        self._pages, self._fingerprints = self._pages[keep], self._fingerprints[keep]
+
+    def _order(self) -> None:
+        # By domain and gfn again.
+        order = np.lexsort((self._pages.gfns, self._pages.domids))
+        self._pages, self._fingerprints = self._pages[order], self._fingerprints[order]
 
     def _advancing(self, phase: str, total_pages: int) -> Callable[[int], None]:
         done_pages = 0
@@ -436,6 +475,11 @@ class _GroupSession:
         advance = self._advancing("share", len(rows))
         reference = _Reference(0 if self._zero_content == 0 else -1, np.zeros(PAGE_SIZE // 8, np.uint64))
         attempt = 0
+        next_class = int(classes[-1]) + 1 if len(rows) else 0
+        if self._has_frames and len(rows):
+            settled = self._settle(classes)
+            advance(int(np.count_nonzero(settled)))
+            rows, classes = rows[~settled], classes[~settled]
         while len(rows):
             attempt += 1
             deferred_rows, deferred_fingerprints = [rows[:0]], [_NONE]
@@ -450,8 +494,32 @@ class _GroupSession:
             again = classify(np.concatenate(deferred_fingerprints))
             self._tally.collisions += len(rows)
             self._contents[rows] = _OUT
-            rows, classes = rows[again.rows], again.classes + (classes[-1] + 1)
+            rows, classes = rows[again.rows], again.classes + next_class
+            next_class += int(again.classes[-1]) + 1 if len(again) else 0
             self._contents[rows] = _NOT_REACHED
+
+    def _settle(self, classes: Classes) -> Mask:
+        # Which candidates have nothing to gain: all of their class are on frames, on no more than max_sharers asks for,
+        # and these hold the same bytes. A frame's contents cannot change, so there is nothing to nominate.
+        frames = self._hypervisor.frames_of(self._pages)
+        order = np.lexsort((frames, classes))
+        first = _starts(classes[order]) | _starts(frames[order])  # of each class and frame
+        ones = order[first]
+        needed = -(-np.bincount(classes) // self._options.max_sharers)
+        settled = np.bincount(classes[frames < 0], minlength=len(needed)) == 0
+        settled &= np.bincount(classes[ones], minlength=len(needed)) <= needed
+        ones = ones[(settled & (needed > 1))[classes[ones]]]
+        reference = _Reference(-1, np.zeros(PAGE_SIZE // 8, np.uint64))
+        for begin in range(0, len(ones), self._batch_pages):
+            some = ones[begin : begin + self._batch_pages]
+            statuses = self._hypervisor.read_pages(self._pages[some], self._buffer)
+            equal = _equal_to_reference(self._buffer[: len(some)].view(np.uint64), classes[some], reference)
+            settled[classes[some[~equal | (statuses != Status.OK)]]] = False
+        mask: Mask = settled[classes]
+        self._contents[mask] = classes[mask]
+        # Names for the frames, as good as handles where there are none: no handle is that large.
+        self._frames[mask] = frames[mask].astype(np.uint64) | _FRAME_NAME
+        return mask
 
     def _share_batch(self, rows: Rows, classes: Classes, reference: _Reference, seed: int) -> tuple[Rows, Fingerprints]:
         # One batch from nominate to share. Returns the rows whose contents are not those of their class, not shared
@@ -651,6 +719,7 @@ class _GroupSession:
 
 
 _DOMID_BITS = 16
+_FRAME_NAME = np.uint64(1 << 63)
 _PROBES = 16
 _SLAB_CELLS = 1 << 17
 

@@ -111,7 +111,7 @@ class XenHypervisor:
         """
         if not self._sharing:
             return frozenset({Capability.LIVE})
-        return frozenset(Capability) - {Capability.ZERO}
+        return frozenset(Capability) - {Capability.ZERO, Capability.FRAMES}
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -264,6 +264,14 @@ class XenHypervisor:
     def backed(self, pages: PageArray) -> NDArray[np.bool_]:
         """See the seam: every populated page of a Xen domain has a frame."""
         return np.ones(len(pages), np.bool_)
+
+    def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+        """See the seam: Xen does not tell dom0 which of a domain's pages are parts of superpages."""
+        return np.zeros(len(pages), np.bool_)
+
+    def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
+        """Unsupported: Xen tells how many share a page's frame, not which frame it is."""
+        raise errors.UnsupportedError("frames_of: Xen does not tell dom0 which frame a page is on")
 
     def read_range(self, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:
         """See the seam: a copy in ``buffer``, through one mapping for BATCH_PAGES pages.
