@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import embedded
+import estimating
 import fingerprints
 import sessions
 import xen
@@ -32,6 +33,7 @@ BENCHES: dict[str, Callable[[], None]] = {
     **{bench.__name__: bench for bench in embedded.BENCHES},
     **{f"xen_{bench.__name__}": bench for bench in xen.BENCHES},
     "session": sessions.cost,
+    **{f"estimate_{bench.__name__}": bench for bench in estimating.BENCHES},
     "ksm": beside_ksm,
 }
 

@@ -13,7 +13,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "hypervisor": {"types", "errors"},
     "sources": {"types", "errors"},
-    "__init__": FOUNDATION,
+    "__init__": FOUNDATION | {"estimates"},
     "__main__": {"cli"},
     "embedded": FOUNDATION,
     "procfs": {"types", "errors"},
@@ -24,9 +24,23 @@ ALLOWED: dict[str, set[str]] = {
     "report": FOUNDATION | {"sources", "sharing"},
     "testing": FOUNDATION | {"embedded"},
     "replay": FOUNDATION | {"embedded"},
-    "backends": FOUNDATION | {"sources", "procfs", "embedded", "images", "qemu", "xen"},
+    "domainsource": FOUNDATION | {"sources"},
+    "backends": FOUNDATION | {"sources", "domainsource", "procfs", "embedded", "images", "qemu", "xen"},
+    "estimates": FOUNDATION | {"sources", "sharing", "report", "backends"},
     "cli": FOUNDATION
-    | {"sources", "embedded", "images", "sharing", "report", "replay", "backends", "qemu", "xen", "__init__"},
+    | {
+        "sources",
+        "embedded",
+        "images",
+        "sharing",
+        "report",
+        "replay",
+        "backends",
+        "estimates",
+        "qemu",
+        "xen",
+        "__init__",
+    },
 }
 """package or module directly below memshr -> what it may import besides itself"""
 

@@ -2,11 +2,26 @@
 
 ``memshr.types`` and ``memshr.errors`` hold the words, ``memshr.hypervisor`` the seam (Xen's calls as a Protocol),
 ``memshr.embedded`` the reference hypervisor behind it, ``memshr.images`` the memory-image formats, ``memshr.sharing``
-the policy above it, ``memshr.testing`` the contract kit that every mechanism must pass, ``memshr.backends`` opens a
-mechanism by name and ``memshr.cli`` is the command line. ARCHITECTURE.md draws the picture.
+the policy above it, ``memshr.report`` what sharing would save, ``memshr.testing`` the contract kit that every mechanism
+must pass, ``memshr.backends`` opens a mechanism by name and ``memshr.cli`` is the command line. ARCHITECTURE.md draws
+the picture. ``memshr.estimate`` is the call for programs and notebooks (docs/python.md).
 """
+
+from typing import TYPE_CHECKING, Any
 
 from memshr.errors import MemshrError
 from memshr.hypervisor import Capability, Hypervisor
 
-__all__ = ["Capability", "Hypervisor", "MemshrError"]
+if TYPE_CHECKING:
+    from memshr.estimates import estimate
+
+__all__ = ["Capability", "Hypervisor", "MemshrError", "estimate"]
+
+
+def __getattr__(name: str) -> Any:
+    # When it is first asked for: it imports every mechanism, and most who import memshr want one thing of it.
+    if name == "estimate":
+        from memshr.estimates import estimate  # noqa: PLC0415  # the reason is above
+
+        return estimate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

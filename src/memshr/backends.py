@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import mmap
-import os
-import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
+from memshr.domainsource import DomainSource
 from memshr.embedded import EmbeddedHypervisor
-from memshr.errors import BackendError, MemshrError, NoSuchDomainError, UnsupportedError
+from memshr.errors import MemshrError, NoSuchDomainError, UnsupportedError
 from memshr.hypervisor import Hypervisor
 from memshr.images import MemoryImage, open_image
-from memshr.types import PAGE_SIZE, DomainInfo, DomId, Extent, Gfn, PageArray, PageBytes
+from memshr.images.process import ProcessSource
+from memshr.sources import Subject
+from memshr.types import DomainInfo, DomId
 
 if TYPE_CHECKING:
     from memshr.qemu.guests import GuestProcess
     from memshr.qemu.hypervisor import QemuHypervisor
     from memshr.xen import XenHypervisor
 
-_COPY_PAGES = 2048
 EMBEDDED = "embedded:"
 
 
@@ -178,56 +175,99 @@ def select_domains(hypervisor: XenHypervisor, sources: Sequence[str]) -> list[Do
 
 
 @contextlib.contextmanager
-def open_copies(host: Hypervisor, domids: Sequence[DomId]) -> Iterator[EmbeddedHypervisor]:
-    """The domains of a host as they are now, copied into the embedded hypervisor: nothing is done to the host.
+def open_sources(sources: Sequence[str], *, format: str | None = None) -> Iterator[list[list[Subject]]]:
+    """What ``sources`` name, opened for an estimate: images and live memory of any kind, read in place.
 
-    The copies lie in a temporary file that is as large as the memory behind the domains; pages that the host spends no
-    memory on are not copied and stay pages without a frame.
-
-    :raises BackendError: no room for the file.
+    :param sources: paths, ``pid:N``, ``qemu:...``, ``xen:...``, in any mixture.
+    :param format: read images as this format; None: detect it.
+    :returns: the subjects of each source; a domain or process that several sources name is in the first only.
+    :raises MemshrError: a source cannot be opened, or an image or process is named twice.
     """
-    hypervisor = EmbeddedHypervisor()
-    buffer = np.empty((_COPY_PAGES, PAGE_SIZE), np.uint8)
     with contextlib.ExitStack() as stack:
-        for domid in domids:
-            file = stack.enter_context(tempfile.TemporaryFile(prefix="memshr-estimate-"))
-            runs, absent = [], []
-            for first, count in host.populated_ranges(domid).tolist():
-                runs.append((first, count, file.tell()))
-                for start in range(first, first + count, _COPY_PAGES):
-                    pages = PageArray.of_domain(domid, np.arange(start, min(start + _COPY_PAGES, first + count)))
-                    backed = host.backed(pages)
-                    absent.append(pages.gfns[~backed])
-                    _append(file, host.read_range(domid, Gfn(start), len(pages), buffer), backed)
-            copy = hypervisor.create_domain(host.domain_info(domid).name, extents=_extents_of(file, runs))
-            hypervisor.leave_unbacked(copy, np.concatenate([*absent, np.empty(0, np.int64)]))
-        yield hypervisor
+        images = {
+            number: stack.enter_context(open_image(source, format=format))
+            for number, source in enumerate(sources)
+            if _prefix(source) not in _LIVE
+        }
+        _refuse_twice(list(images.values()))
+        for name, image in zip(_names([image.path for image in images.values()]), images.values(), strict=True):
+            image.name = name
+        pids = [source for source in sources if _prefix(source) == "pid"]
+        if twice := [source for source in pids if pids.count(source) > 1]:
+            raise MemshrError(f"{twice[0]} is named twice", remedy="name each process once")
+        guests = _guest_subjects(stack, [source for source in sources if _prefix(source) == "qemu"])
+        domains = _domain_subjects(stack, [source for source in sources if _prefix(source) == "xen"])
+        opened: list[list[Subject]] = []
+        for number, source in enumerate(sources):
+            match _prefix(source):
+                case "pid":
+                    process = stack.enter_context(ProcessSource(_pid_of(source)))
+                    opened.append([Subject(process, "process", huge_pages_known=process.huge_pages_known)])
+                case "qemu":
+                    opened.append(guests.pop(source, []))
+                case "xen":
+                    opened.append(domains.pop(source, []))
+                case _:
+                    opened.append([Subject(images[number], "image", images[number].format)])
+        yield opened
 
 
-def _append(file: BinaryIO, pages: PageBytes, backed: NDArray[np.bool_]) -> None:
+_LIVE = ("pid", "qemu", "xen")
+
+
+def _pid_of(source: str) -> int:
+    number = source.partition(":")[2]
+    if not (number.isdecimal() and number.isascii() and 0 < len(number) <= 10):
+        raise MemshrError(f"{source!r} is no process", remedy="write pid:N, N the process's number")
+    return int(number)
+
+
+def _guest_subjects(stack: contextlib.ExitStack, sources: Sequence[str]) -> dict[str, list[Subject]]:
+    # The guests that each source names, all of them under one hypervisor.
+    if not sources:
+        return {}
+    found = {source: select_guests([source]) for source in dict.fromkeys(sources)}
+    processes = {process.pid: process for each in found.values() for process in each}
+    hypervisor = stack.enter_context(open_guests(list(processes.values())))
+    domids = {hypervisor.enlisted(info.domid).pid: info.domid for info in hypervisor.domains()}
+    lock = threading.Lock()
+    subjects: dict[str, list[Subject]] = {}
+    for source, each in found.items():
+        ours = [domid for process in each if (domid := domids.pop(process.pid, None)) is not None]
+        subjects[source] = [
+            Subject(DomainSource(hypervisor, domid, lock, hypervisor.huge), "qemu", huge_pages_known=True)
+            for domid in ours
+        ]
+    return subjects
+
+
+def _domain_subjects(stack: contextlib.ExitStack, sources: Sequence[str]) -> dict[str, list[Subject]]:
+    if not sources:
+        return {}
+    xen = stack.enter_context(open_xen())
+    lock = threading.Lock()
+    seen: set[DomId] = set()
+    subjects: dict[str, list[Subject]] = {}
+    for source in dict.fromkeys(sources):
+        ours = [domid for domid in select_domains(xen, [source]) if domid not in seen]
+        seen.update(ours)
+        subjects[source] = [Subject(DomainSource(xen, domid, lock), "xen") for domid in ours]
+    return subjects
+
+
+def mapping_budget() -> int:
+    """How many mappings sharing could use of those that this host lets a process have (``vm.max_map_count``)."""
+    from memshr.qemu.attachment import MAP_RESERVE  # noqa: PLC0415  # as above
+    from memshr.qemu.pagemap import map_count_limit  # noqa: PLC0415  # as above
+
     try:
-        if backed.any():
-            file.write(pages.data)
-        else:
-            file.seek(pages.nbytes, os.SEEK_CUR)
-    except OSError as error:
-        raise BackendError(
-            f"no room to copy the memory to: {error.strerror}",
-            remedy=f"make room in {tempfile.gettempdir()}, or set TMPDIR",
-        ) from error
+        return max(0, map_count_limit() - MAP_RESERVE)
+    except (OSError, ValueError):
+        return DEFAULT_MAP_COUNT - MAP_RESERVE
 
 
-def _extents_of(file: BinaryIO, runs: Sequence[tuple[int, int, int]]) -> list[Extent]:
-    end = max((offset + count * PAGE_SIZE for _, count, offset in runs), default=0)
-    if not end:
-        return []
-    file.truncate(end)
-    # SAFETY: the file has no name, so nobody can truncate it under the mapping; writes stay private.
-    mapping = np.frombuffer(mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY), np.uint8)
-    pages = mapping.reshape(-1, PAGE_SIZE)
-    return [
-        Extent(Gfn(first), pages[offset // PAGE_SIZE : offset // PAGE_SIZE + count]) for first, count, offset in runs
-    ]
+DEFAULT_MAP_COUNT = 65_530
+"""What Linux sets unless told otherwise (``DEFAULT_MAX_MAP_COUNT`` of ``include/linux/mm.h``)."""
 
 
 @contextlib.contextmanager

@@ -5,15 +5,18 @@ number is given to somebody else. So the directory /proc/PID is opened once and 
 stands for that process and never for the next one of the same number. The open ``mem`` file stands for the address
 space as it was when it was opened, and reads as empty once that is gone.
 
-Sources: proc(5); the kernel's ``fs/proc/base.c`` (mem), ``Documentation/admin-guide/mm/pagemap.rst``.
+Sources: proc(5); the kernel's ``fs/proc/base.c`` (mem), ``Documentation/admin-guide/mm/pagemap.rst``; for
+``PAGEMAP_SCAN`` ``struct pm_scan_arg`` and ``struct page_region`` of ``include/uapi/linux/fs.h`` (Linux 6.7).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,14 @@ from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
 
 _PAGEMAP_BATCH_PAGES = 1 << 20
 """8 MiB of pagemap in one read: a mapping may be terabytes of address space with next to nothing in it."""
+
+_PAGEMAP_SCAN = 0xC0606610
+"""``_IOWR('f', 16, struct pm_scan_arg)``."""
+_SCAN_ARGUMENT = struct.Struct("=12Q")
+_SCANNED = np.dtype([("start", np.uint64), ("end", np.uint64), ("categories", np.uint64)])
+_SCAN_REGIONS = 4096
+_PAGE_IS_PFNZERO = 1 << 5
+_PAGE_IS_HUGE = 1 << 6
 
 _PRESENT_OR_SWAPPED = np.uint64(3 << 62)
 
@@ -292,6 +303,39 @@ class ProcessMemory:
         found = np.concatenate(runs)
         goes_on = np.flatnonzero(found[1:, 0] == found[:-1, 1])  # from one batch into the next
         return np.stack([np.delete(found[:, 0], goes_on + 1), np.delete(found[:, 1], goes_on)], axis=1)
+
+    def huge_and_zero(self, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """The parts of ``[start, end)`` that are in huge pages, and those that are the kernel's own zero page.
+
+        :returns: shape ``(n, 2)`` each, rows of start and end address, ascending; None if this kernel cannot tell
+            (``PAGEMAP_SCAN`` is of Linux 6.7) or the pagemap cannot be read.
+        :raises ImageError: the process is gone.
+        """
+        if self._pagemap is None:
+            return None
+        found = [np.empty(0, _SCANNED)]
+        regions = np.empty(_SCAN_REGIONS, _SCANNED)
+        wanted = _PAGE_IS_HUGE | _PAGE_IS_PFNZERO
+        while start < end:
+            argument = bytearray(
+                _SCAN_ARGUMENT.pack(
+                    _SCAN_ARGUMENT.size, 0, start, end, 0, regions.ctypes.data, len(regions), 0, 0, 0, wanted, wanted
+                )
+            )
+            try:
+                # SAFETY: the kernel writes at most vec_len regions to vec, which is ``regions`` and outlives the call;
+                # flags are 0, so nothing is protected or changed.
+                count = fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, argument)
+            except OSError as error:
+                if error.errno in {errno.ENOTTY, errno.EINVAL}:
+                    return None
+                raise self._failed(error) from error
+            found.append(regions[:count].copy())
+            start = _SCAN_ARGUMENT.unpack(argument)[4]
+        every = np.concatenate(found)
+        addresses = np.stack([every["start"], every["end"]], axis=1).astype(np.int64)
+        huge, zero = (every["categories"] & np.uint64(which) != 0 for which in (_PAGE_IS_HUGE, _PAGE_IS_PFNZERO))
+        return addresses[huge], addresses[zero]
 
     def read(self, address: int, out: PageBytes) -> NDArray[np.bool_]:
         """Read consecutive pages, one ``preadv`` for all of them unless some cannot be read.

@@ -8,6 +8,7 @@ processes, and the domains of any mechanism offer that as a ``PageSource``. The 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -71,3 +72,18 @@ class PageSource(Protocol):
 
     def read(self, rows: Rows, out: PageBytes) -> NDArray[np.bool_]:
         """Read any rows, in any order; else as ``read_run``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A source, and what an estimate says of it besides its pages.
+
+    :param kind: ``image``, ``process``, ``qemu`` or ``xen``.
+    :param format: of an image; else None.
+    :param huge_pages_known: whether the source tells which pages are parts of huge pages (``PageState.HUGE``).
+    """
+
+    pages: PageSource
+    kind: str = "image"
+    format: str | None = None
+    huge_pages_known: bool = False

@@ -8,7 +8,7 @@ import pytest
 
 from guests.kit import MissingPartError
 
-KNOWN_PARTS = {"gdb", "hugepages", "kvm", "libvirt", "mount", "qemu", "xen-headers"}
+KNOWN_PARTS = {"chromium", "gdb", "hugepages", "kvm", "libvirt", "mount", "qemu", "xen-headers"}
 
 
 def required_parts() -> set[str]:

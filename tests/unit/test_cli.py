@@ -47,10 +47,11 @@ def test_estimate_counts_each_domain_for_itself(memshr: CommandLine, images: tup
     assert report["inter_pages"] == 0
     assert report["saved_pages"] == 7
     assert report["absent_pages"] == 0
-    assert report["audit_findings"] == []
+    assert report["between_groups_pages"] == 2
+    assert (report["schema"], report["version"]) == ("memshr-estimate", 2)
     assert report["counters"] == {"freed_pages": 4, "used_frames": 3}
     assert [domain["name"] for domain in report["domains"]] == ["a.raw", "b.raw"]
-    assert report["pairs"] == []
+    assert [(pair["group"], pair["contents"], pair["pages"]) for pair in report["pairs"]] == [(None, 2, 8)]
 
 
 def test_estimate_of_one_trust_group(memshr: CommandLine, images: tuple[Path, Path]) -> None:
@@ -147,7 +148,7 @@ def test_images_of_one_name_in_two_folders(memshr: CommandLine, tmp_path: Path) 
 def test_max_sharers_costs_frames(memshr: CommandLine, tmp_path: Path) -> None:
     image = write_image(tmp_path / "same.raw", [5] * 10)
     report = json.loads(memshr("estimate", image, "--max-sharers", "4", "--json").out)
-    assert (report["intra_pages"], report["saved_pages"], report["dropped"]) == (9, 7, {"max_sharers": 2})
+    assert (report["intra_pages"], report["saved_pages"], report["dropped"]["max_sharers"]) == (9, 7, 2)
 
 
 BAD_INPUT = {
@@ -164,7 +165,11 @@ BAD_INPUT = {
     "no process": (["capture", "init", "-o", "{tmp}/x.core"], 2, "write pid:N"),
     "capture into nowhere": (["capture", "pid:{pid}", "-o", "{tmp}/none/x.core"], 2, "none/x.core"),
     "over the limit": (["capture", "pid:{pid}", "-o", "{tmp}/x.core", "--limit-mib", "1"], 2, "raise the limit"),
-    "live process": (["estimate", "pid:1"], 3, "memshr capture pid:1 -o FILE"),
+    "live process": (["share", "pid:1"], 3, "memshr capture pid:1 -o FILE"),
+    "process that is gone": (["estimate", "pid:999999999"], 2, "999999999"),
+    "process without a number": (["estimate", "pid:init"], 2, "write pid:N"),
+    "process twice": (["estimate", "pid:{pid}", "pid:{pid}"], 2, "named twice"),
+    "missing file to compare": (["estimate", "{a}", "--against", "{tmp}/none"], 2, "none"),
     "host": (["ctl", "vmware:", "info"], 2, "'vmware:' is no host"),
     "call": (["ctl", "embedded:", "levitate"], 2, "unknown operation 'levitate'"),
     "unknown domain": (["ctl", "embedded:{a}", "nominate", "7", "0"], 1, ""),
@@ -201,7 +206,7 @@ def test_internal_error_is_one_line_too(
     def broken(*_arguments: object) -> None:
         raise ZeroDivisionError("a bug\nof two lines")
 
-    monkeypatch.setattr("memshr.cli.estimate.run_session", lambda *_arguments, **_options: broken())
+    monkeypatch.setattr("memshr.cli.estimate.estimate_sources", lambda *_arguments, **_options: broken())
     outcome = memshr("estimate", images[0])
     assert outcome.code == 1
     assert outcome.err == "memshr: internal error, please report it: ZeroDivisionError: a bug of two lines\n"
@@ -292,8 +297,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> XenHypervisor:
         domid = played.embedded.create_domain(name, 6)
         for gfn in range(4):
             played.embedded.write(domid, Gfn(gfn), bytes([gfn // 2]) * PAGE_SIZE)
-    for module in ("share", "estimate", "audit", "status"):
-        monkeypatch.setattr(f"memshr.cli.{module}.open_xen", lambda: contextlib.nullcontext(xen))
+    for module in ("backends", "cli.share", "cli.audit", "cli.status"):
+        monkeypatch.setattr(f"memshr.{module}.open_xen", lambda: contextlib.nullcontext(xen))
     return xen
 
 

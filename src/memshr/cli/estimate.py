@@ -2,63 +2,106 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
-from memshr.backends import (
-    SourceKind,
-    kind_of,
-    open_copies,
-    open_guests,
-    open_images,
-    open_xen,
-    select_domains,
-    select_guests,
-)
+from memshr.cli.estimate_text import print_estimate
 from memshr.cli.options import print_json, sharing_options
-from memshr.cli.session import exit_with, print_report, run_session
-from memshr.embedded import EmbeddedHypervisor
-from memshr.sharing.session import SharingOptions
+from memshr.cli.report_files import report_files, write_reports
+from memshr.cli.session import progress_bar
+from memshr.estimates import estimate as estimate_sources
+from memshr.report.analysis import Progress
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
 @sharing_options
+@click.option(
+    "--mappings",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Mappings that each domain may spend on sharing. [default: what this host's vm.max_map_count leaves]",
+)
+@click.option(
+    "--interval",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    default=1.0,
+    show_default=True,
+    help="Live sources: the time between the two samples; what changes in between is left out as volatile.",
+)
+@click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), metavar="MIB_PER_S", help="Read no faster than that, in MiB/s."
+)
+@click.option(
+    "--sample",
+    metavar="1/N",
+    help="Look at one in N pages only (2 to 4096), chosen by position, and print bounds: quick, but not exact.",
+)
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="Draw the sample that this number stands for.")
+@click.option(
+    "--against",
+    type=_FILE,
+    multiple=True,
+    metavar="FILE",
+    help="Say of the contents that save most whether they are pages of this file. May be given several times.",
+)
+@report_files
 def estimate(
-    sources: tuple[str, ...], groups: tuple[str, ...], image_format: str | None, max_sharers: int, as_json: bool
+    sources: tuple[str, ...],
+    groups: tuple[str, ...],
+    image_format: str | None,
+    max_sharers: int,
+    as_json: bool,
+    mappings: int | None,
+    interval: float,
+    rate: float | None,
+    sample: str | None,
+    seed: int | None,
+    against: tuple[Path, ...],
+    html_file: str | None,
+    csv_file: str | None,
 ) -> None:
-    """What would sharing save? Changes nothing.
+    """What would sharing save? Reads only, and changes nothing.
 
-    Each SOURCE becomes a domain of the embedded reference hypervisor, and their pages are shared there, contents
-    compared: the figures are exact, not sampled. They tell apart zero pages, equal pages inside one domain, and equal
-    pages between domains of a trust group.
+    Each SOURCE becomes a domain: memory images, live processes (pid:N, their private memory), running guests (qemu:all,
+    qemu:NAME, xen:all, xen:DOMID), in any mixture. Nothing is injected and nothing is copied to disk.
 
-    Running guests (qemu:all, qemu:NAME, xen:all, xen:DOMID) are read and left alone. Their memory is copied to a
-    temporary file first (TMPDIR says where), each page as it was when it was read.
+    Every page is looked at, and pages that could share are compared byte for byte: the figures are exact. They tell
+    apart zero pages, equal pages inside one domain, and equal pages between domains of a trust group; what wider groups
+    would save on top; and what the limits of a running host, its mappings and huge pages, leave of it.
+
+    Pages of live sources that could share are read twice; those that change in between are left out.
     """
-    with _open(sources, image_format) as hypervisor:
-        report = run_session(hypervisor, groups, SharingOptions(max_sharers=max_sharers))
+    with _estimate_progress() as progress:
+        found = estimate_sources(
+            sources,
+            groups=groups,
+            format=image_format,
+            max_sharers=max_sharers,
+            mappings=mappings,
+            interval_s=interval,
+            rate_mib_per_s=rate,
+            sample=sample,
+            seed=seed,
+            against=against,
+            progress=progress,
+        )
+    write_reports(found, html_file=html_file, csv_file=csv_file)
     if as_json:
-        print_json(report.to_dict())
+        print_json(found.to_dict())
     else:
-        print_report(report, verb="can be saved")
-        if len(report.domains) > 1 and not groups:
-            click.echo("Each domain shares within itself only; try --group all to see what one trust group would save.")
-    exit_with(report)
+        print_estimate(found, grouped=bool(groups))
 
 
-@contextlib.contextmanager
-def _open(sources: Sequence[str], image_format: str | None) -> Iterator[EmbeddedHypervisor]:
-    match kind_of(sources):
-        case SourceKind.IMAGE:
-            with open_images(sources, format=image_format) as hypervisor:
-                yield hypervisor
-        case SourceKind.QEMU:
-            with open_guests(select_guests(sources)) as guests:
-                domids = [info.domid for info in guests.domains()]
-                with open_copies(guests, domids) as hypervisor:
-                    yield hypervisor
-        case SourceKind.XEN:
-            with open_xen() as xen, open_copies(xen, select_domains(xen, sources)) as hypervisor:
-                yield hypervisor
+@contextmanager
+def _estimate_progress() -> Iterator[Callable[[Progress], None]]:
+    with progress_bar() as bar:
+        tasks = {phase: bar.add_task(phase, total=None) for phase in ("scan", "compare")}
+        yield lambda progress: bar.update(
+            tasks[progress.phase], completed=progress.done_pages, total=progress.total_pages
+        )

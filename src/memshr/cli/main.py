@@ -12,6 +12,7 @@ import click
 
 from memshr.cli.audit import audit
 from memshr.cli.capture import capture
+from memshr.cli.compare import compare_
 from memshr.cli.ctl import ctl
 from memshr.cli.demo import demo
 from memshr.cli.estimate import estimate
@@ -54,7 +55,7 @@ def commands() -> None:
     """
 
 
-for command in (demo, estimate, share, status, top, audit, unshare, detach, capture, ctl, replay):
+for command in (demo, estimate, compare_, share, status, top, audit, unshare, detach, capture, ctl, replay):
     commands.add_command(command)
 
 

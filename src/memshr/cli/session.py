@@ -77,7 +77,8 @@ def mib(pages: int) -> str:
     return f"{pages * PAGE_SIZE / 2**20:,.1f}"
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table whose first column is words, and whose others are figures."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(columns[0])
     for column in columns[1:]:
@@ -98,7 +99,7 @@ def print_report(report: SharingReport, *, verb: str) -> None:
     if report.pairs:
         console.print(_pair_table(report))
     if dropped := {reason: pages for reason, pages in report.dropped.items() if pages}:
-        table = _table("left out", "pages")
+        table = plain_table("left out", "pages")
         for reason, pages in dropped.items():
             table.add_row(f"{reason}: {(REASONS_TO_DROP | REASONS_TO_KEEP)[reason]}", f"{pages:,}")
         console.print(table)
@@ -114,7 +115,7 @@ def print_report(report: SharingReport, *, verb: str) -> None:
 
 
 def _breakdown(report: SharingReport) -> Table:
-    table = _table("where the saving is", "pages", "MiB")
+    table = plain_table("where the saving is", "pages", "MiB")
     for name, pages in (
         ("zero pages, given back without a frame", report.zero_pages),
         ("equal pages inside one domain", report.intra_pages),
@@ -127,7 +128,7 @@ def _breakdown(report: SharingReport) -> Table:
 
 
 def _domain_table(report: SharingReport) -> Table:
-    table = _table("domain", "group", "pages", "zero", "shared", "saved inside", "unique", "left out")
+    table = plain_table("domain", "group", "pages", "zero", "shared", "saved inside", "unique", "left out")
     for domain in report.domains:
         table.add_row(
             domain.name,
@@ -148,7 +149,7 @@ def _domain_table(report: SharingReport) -> Table:
 
 
 def _pair_table(report: SharingReport) -> Table:
-    table = _table("who has how much in common", "contents", "MiB", "pages that hold them")
+    table = plain_table("who has how much in common", "contents", "MiB", "pages that hold them")
     pairs = sorted(report.pairs, key=lambda pair: -pair.contents)
     for pair in pairs[:_PAIRS_SHOWN]:
         table.add_row(" + ".join(pair.names), f"{pair.contents:,}", mib(pair.contents), f"{pair.pages:,}")

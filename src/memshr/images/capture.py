@@ -72,7 +72,7 @@ def capture_process(
     :raises BackendError: no room for the file.
     """
     with ProcessMemory(pid) as memory:
-        mappings = [mapping for mapping in memory.mappings() if _is_captured(mapping)]
+        mappings = [mapping for mapping in memory.mappings() if is_captured(mapping)]
         runs = _planned_runs([memory.populated(mapping.start, mapping.end) for mapping in mappings], _MAX_RUNS)
         planned_bytes = int((runs[:, 1] - runs[:, 0]).sum())
         mapped_bytes = sum(mapping.end - mapping.start for mapping in mappings)
@@ -106,7 +106,8 @@ def capture_process(
     )
 
 
-def _is_captured(mapping: Mapping) -> bool:
+def is_captured(mapping: Mapping) -> bool:
+    """Whether a mapping is memory that the process has to itself; the module's docstring says what is not."""
     device = mapping.path.startswith("/dev/") and not mapping.path.startswith(_MEMORY_BELOW_DEV)
     kernel = mapping.path.startswith(("[vvar", "[vsyscall"))
     return mapping.readable and not mapping.shared and not device and not kernel

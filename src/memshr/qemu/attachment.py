@@ -41,7 +41,7 @@ MOVED_PAGES: Final = 1024
 
 _HUGE_PAGES: Final = 512
 _HUGE_BYTES: Final = _HUGE_PAGES * PAGE_SIZE
-_MAP_RESERVE: Final = 2048
+MAP_RESERVE: Final = 2048
 """Mappings that QEMU is left for itself."""
 
 MAPPING_OVER_IS_SAFE = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2]) >= (6, 9)
@@ -317,7 +317,7 @@ class Attachment:
         self._note_count(self._mappings())
 
     def _note_count(self, mappings: Mappings) -> None:
-        self._mappings_left = pagemap.map_count_limit() - _MAP_RESERVE - len(mappings)
+        self._mappings_left = pagemap.map_count_limit() - MAP_RESERVE - len(mappings)
 
     @property
     def mappings_left(self) -> int:

@@ -1,0 +1,1 @@
+"""Estimates: what sharing would save, before anybody switches it on."""
