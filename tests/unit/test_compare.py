@@ -25,6 +25,8 @@ def test_totals_and_domains_by_name() -> None:
     assert comparison.totals["zero_pages"] == Change(2, 3)
     assert comparison.totals["inter_pages"] == Change(2, 0)
     assert comparison.totals["saved_pages"].difference == -1
+    assert BEFORE.achievable is not None
+    assert AFTER.achievable is not None
     assert comparison.totals["achievable_pages"] == Change(BEFORE.achievable.saved_pages, AFTER.achievable.saved_pages)
     assert (comparison.new, comparison.gone) == (("new",), ("old",))
     db, web = comparison.domains

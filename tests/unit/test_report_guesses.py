@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from memshr.errors import ImageError
-from memshr.procfs import parse_maps
+from memshr.procfs import ProcessMemory
 from memshr.report.guesses import guess, pages_of_files
 from memshr.types import PAGE_SIZE
 
@@ -33,8 +34,9 @@ def test_guess(page: bytes, words: str) -> None:
 
 
 def test_machine_code_is_told_from_data() -> None:
-    maps = parse_maps(Path("/proc/self/maps").read_text())
-    library = next(each for each in maps if each.executable and Path(each.path).name.startswith("libc.so"))
+    with ProcessMemory(os.getpid()) as memory:
+        mappings = list(memory.mappings())
+    library = next(each for each in mappings if each.executable and Path(each.path).name.startswith("libc.so"))
     with Path(library.path).open("rb") as file:
         file.seek(library.offset)
         text = file.read(library.end - library.start)

@@ -62,7 +62,8 @@ def _print(comparison: Comparison) -> None:
         console.print(f"[bold]The saving is the same[/bold]: {Unit.of(saved.after).text(saved.after)}.")
     table = _table(f"totals, {unit.name}")
     for name, words in _TOTALS.items():
-        table.add_row(words, *_columns(totals[name], unit))
+        if name in totals:
+            table.add_row(words, *_columns(totals[name], unit))
     console.print(table)
     if comparison.domains:
         console.print(_domain_table(comparison, unit))

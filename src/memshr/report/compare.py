@@ -78,7 +78,7 @@ class PairChange:
 class Comparison:
     """What changed between two estimates; every figure counts pages, but ``mappings``.
 
-    * ``totals``: figures of TOTALS, and ``achievable_pages`` (``saved_pages`` of ``achievable``).
+    * ``totals``: figures of TOTALS, and ``achievable_pages`` (``saved_pages`` of ``achievable``) if both have it.
     * ``domains``: those in both, in the order of the second estimate; ``new`` and ``gone``: names of the others.
     * ``pairs``: of the domains in both, those with a change, the greatest first.
     * ``remarks``: why the two may not be comparable, in words.
@@ -106,7 +106,8 @@ class Comparison:
 def compare(before: Estimate, after: Estimate) -> Comparison:
     """What changed from ``before`` to ``after``."""
     totals = {name: Change(getattr(before, name), getattr(after, name)) for name in TOTALS}
-    totals["achievable_pages"] = Change(before.achievable.saved_pages, after.achievable.saved_pages)
+    if before.achievable is not None and after.achievable is not None:
+        totals["achievable_pages"] = Change(before.achievable.saved_pages, after.achievable.saved_pages)
     old, new = _by_key(before.domains), _by_key(after.domains)
     return Comparison(
         totals=totals,
