@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo live-demo test soak check bench docs clean
+.PHONY: setup demo live-demo test fuzz soak check bench docs clean
 
 setup: .venv/ready
 
@@ -21,6 +21,15 @@ live-demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+# Searches for inputs that break a reader of images: make fuzz FUZZ_SECONDS=60 for a shorter one.
+FUZZ_SECONDS ?= 600
+fuzz: .venv/fuzz-ready
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.images --seconds $(FUZZ_SECONDS)
+
+.venv/fuzz-ready: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	@touch $@
 
 # The long form of the kill test: make soak KILLS=100 for a shorter one.
 KILLS ?= 1000

@@ -1,5 +1,6 @@
 """The HTML report in a real browser: what it shows in every medium, and that it asks for nothing and runs nothing."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from estimates import ABSENT, HOLE, VOLATILE, ZERO, counted
 from guests.kit import MissingPartError
 from live.parts import needed_parts
-from memshr.report.estimate import Estimate
+from memshr.report.estimate import Bounds, Estimate, Sample
 from memshr.report.html import write_html
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -31,12 +32,22 @@ SOME = counted(
     {"web": ["web-frontend-01", "web-frontend-02"], "data": ["postgres-primary.example.org", HOSTILE]},
 )
 MANY = counted({f"guest-{number:02}-{'x' * number}": [*COMMON[:-number], 50_000 + number] for number in range(1, 41)})
+SAMPLED = dataclasses.replace(
+    SOME,
+    method=dataclasses.replace(SOME.method, exact=False, sample=Sample("1/64", 7, 90, 0.95), samples_s=2.0),
+    bounds={"saved_pages": Bounds(SOME.saved_pages - 100, SOME.saved_pages + 300), "zero_pages": Bounds(2000, 3000)},
+    achievable=None,
+    pairs=(),
+    copies=(),
+    stopped="a guest went away",
+)
 ESTIMATES = {
     "one": counted({"guest.core": COMMON}),
     "two": counted({"W" * 200: COMMON, "漢字" * 100: COMMON}),
     "some": SOME,
     "ten": counted({f"guest-{number}": COMMON[number:] for number in range(10)}),
     "many": MANY,
+    "sampled": SAMPLED,
     "nothing": counted({"a": [1, 2], "b": [3]}, {"a": ["a"], "b": ["b"]}),
 }
 
@@ -148,14 +159,17 @@ def test_every_number_is_that_of_the_json(
     with Seen(browser, pages[name], java_script_enabled=javascript) as seen:
         figures = seen.page.locator("data[data-figure]").evaluate_all(FIGURES)
         text = seen.page.inner_text("body")
-        assert seen.page.locator(".plot svg:visible").count() >= (2 if name == "nothing" else 3)
+        assert seen.page.locator(".plot svg:visible").count() >= (2 if name in {"nothing", "sampled"} else 3)
     for figure in figures:
         assert figure["value"] == at(plain, figure["path"]), figure
         assert says(figure["text"], figure["head"], figure["value"]), figure
     wanted = {"saved_pages", "total_pages", "zero_pages", "intra_pages", "unique_pages"}
     wanted |= {"inter_pages"} if len(estimate.domains) > 1 else set()
     wanted |= {"between_groups_pages", "method.pages_read"}
-    wanted |= {f"achievable.{key}" for key in ("saved_pages", "mappings", "huge_pages_only", "split_huge_pages")}
+    if estimate.achievable is not None:
+        wanted |= {f"achievable.{key}" for key in ("saved_pages", "mappings", "huge_pages_only", "split_huge_pages")}
+    for key in estimate.bounds or {}:
+        wanted |= {f"bounds.{key}.0", f"bounds.{key}.1"}
     for i in range(len(estimate.domains)):
         wanted |= {f"domains.{i}.{key}_pages" for key in ("total", "zero", "shared", "intra", "unique")}
     wanted |= {f"contents.{i}.saved_pages" for i in range(len(estimate.contents))}

@@ -143,7 +143,7 @@ def test_write_to_an_empty_page_just_before_its_neighbours_are_copied_back(
     for guest in host.guests:
         fill(guest, page(1), 2)
     assert not share(host, run_of(FIRST, 2), run_of(SECOND, 2)).any()
-    attachment = host.hypervisor._guests[SECOND - 1]
+    attachment = host.hypervisor._books.guests[SECOND - 1]
     protect = attachment.protect
 
     def write_first(pages: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
@@ -377,7 +377,7 @@ def test_stopped_qemu_is_given_up_and_keeps_its_memory(host: QtestHost) -> None:
     source_handles, _ = host.hypervisor.nominate_gfns(run_of(FIRST, 4))
     client_handles, _ = host.hypervisor.nominate_gfns(run_of(SECOND, 4))
     share(host, run_of(FIRST, 1), run_of(SECOND, 1))
-    for opened in host.hypervisor._guests:
+    for opened in host.hypervisor._books.guests:
         assert opened.session is not None
         opened.session._wire.settimeout(0.2)
     os.kill(host.guests[1].pid, signal.SIGSTOP)
@@ -402,7 +402,7 @@ def shared_pair(host: QtestHost) -> None:
 
 def test_audit_sees_a_mapping_that_somebody_else_changed(host: QtestHost) -> None:
     shared_pair(host)
-    opened = host.hypervisor._guests[0]
+    opened = host.hypervisor._books.guests[0]
     hva = int(opened.hvas[opened.pages_of_gfns(np.array([FIRST_GFN]))[0]])
     flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED
     assert opened.working_session().call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, flags, 2**64 - 1, 0) == hva
@@ -412,7 +412,7 @@ def test_audit_sees_a_mapping_that_somebody_else_changed(host: QtestHost) -> Non
 
 def test_audit_sees_a_frame_whose_contents_changed(host: QtestHost) -> None:
     shared_pair(host)
-    os.pwrite(host.hypervisor._pools[0].pool._file, b"x", 100)
+    os.pwrite(host.hypervisor._books.pools[0].pool._file, b"x", 100)
     (finding,) = host.hypervisor.audit().findings
     assert (finding.invariant, finding.mfn) == ("I8", 0)
 
@@ -480,11 +480,11 @@ def die_with_a_slow_table(guest: QtestGuest) -> None:
         "from memshr.qemu.hypervisor import QemuHypervisor\n"
         "hypervisor = QemuHypervisor([inspect_process(int(sys.argv[1]))])\n"
         f"hypervisor.nominate_gfn(1, {FIRST_GFN})\n"
-        "opened = hypervisor._guests[0]\n"
+        "opened = hypervisor._books.guests[0]\n"
         "hypervisor._hand_over_pools([opened])\n"
         f"(row,) = opened.pages_of_gfns(np.array([{FIRST_GFN}]))\n"
         "(frame,) = hypervisor._new_frames(np.array([row]))\n"
-        "pool = hypervisor._pools[int(frame) >> 32].pool\n"
+        "pool = hypervisor._books.pools[int(frame) >> 32].pool\n"
         "hva = int(opened.hvas[row])\n"
         "table = [(7, 0, 0, 1500)]\n"
         "table += [(9, hva, 4096, 3, 0x4012, opened.pool_number(pool), int(frame) % (1 << 32) * 4096)]\n"

@@ -72,7 +72,10 @@ def test_says_why_two_are_not_comparable() -> None:
             AFTER.method, exact=False, sample=Sample("1/64", 1, 9, 0.95), samples_s=1.0, max_sharers=16
         ),
         stopped="a guest went away",
+        achievable=None,
     )
+    assert "achievable_pages" not in compare(BEFORE, sampled).totals
+    assert compare(BEFORE, sampled).pairs == ()
     assert compare(BEFORE, sampled).remarks == (
         "the second estimate is of a sample: small changes may be chance",
         "the second estimate ended early: a guest went away",

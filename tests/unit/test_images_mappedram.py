@@ -12,12 +12,20 @@ from memshr.images import MemoryImage, open_image
 from memshr.sources import PageState
 from odd_cores import pattern, write
 from odd_dumps import PAGE, Block, configuration, mapped_ram, subsection
+from peak_memory import peak_growth_bytes
 
 
 def words(image: MemoryImage) -> list[int]:
     """The first word of each page, by ``read_run``."""
     out = np.empty((image.total_pages, PAGE), np.uint8)
     image.read_run(0, out)
+    return [int(word) for word in out.view(np.uint64)[:, 0]]
+
+
+def words_of(image: MemoryImage, rows: list[int]) -> list[int]:
+    """The first words of these rows, by ``read``."""
+    out = np.empty((len(rows), PAGE), np.uint8)
+    image.read(np.array(rows), out)
     return [int(word) for word in out.view(np.uint64)[:, 0]]
 
 
@@ -77,9 +85,28 @@ def test_ram_beyond_the_hole_begins_at_4_gib(tmp_path: Path, machine: str, below
     with open_image(path) as image:
         gaps = [[0, below], [1 << 20, length - below]] if below < length else [[0, length]]
         assert image.ranges.tolist() == gaps
-        out = np.empty((len(pages), PAGE), np.uint8)
-        image.read(np.array(pages), out)
-        assert out.view(np.uint64)[:, 0].tolist() == [page + 1 for page in pages]
+        assert words_of(image, pages) == [page + 1 for page in pages]
+
+
+def test_sparse_file_of_8_tib_takes_no_memory(tmp_path: Path) -> None:
+    length = 8 << 40
+    path = tmp_path / "state"
+    head = mapped_ram([Block("pc.ram", 8, {})], total_bytes=length)
+    place = head.index(b"\x06pc.ram") + 7
+    pages_offset = 1 << 30
+    with path.open("wb") as file:
+        file.write(head[:place] + struct.pack(">QIQQQ", length, 1, PAGE, place + 36, pages_offset) + b"\1")
+        file.truncate(pages_offset + length)
+        file.seek(pages_offset)
+        file.write(pattern(5))
+
+    def look() -> None:
+        with open_image(path) as image:
+            assert image.total_pages == length // PAGE
+            assert len(image.runs) == 3
+            assert words_of(image, [0, 1, 1 << 30]) == [5, 0, 0]
+
+    assert peak_growth_bytes(look) < 32 << 20
 
 
 def test_parts_of_the_configuration_and_commands_are_passed_over(tmp_path: Path) -> None:

@@ -94,11 +94,13 @@ def test_names_that_no_screen_can_show(name: str, tmp_path: Path) -> None:
     assert "\u202e" not in text
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 6, 7, 14, 15, 40, 60])
+@pytest.mark.parametrize("count", [0, 1, 2, 6, 7, 14, 15, 40, 61])
 def test_any_number_of_domains(count: int) -> None:
     page = Elements(estimate_html(named([f"guest-{number}" for number in range(count)])))
     assert sum(text.strip() == "Who could share with whom" for text in page.texts) == (count > 1)
     assert sum("48 domains with the most in common" in text for text in page.texts) == (count > 48)
+    assert sum("The 60 largest have a bar." in text for text in page.texts) == (count > 60)
+    assert {f"guest-{number}" for number in range(count)} <= {text.strip() for text in page.texts}
 
 
 def test_estimate_without_anything_to_save() -> None:

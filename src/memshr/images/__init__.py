@@ -1,11 +1,12 @@
 """Memory images: files that hold the memory of a machine or of a process, opened as extents of pages.
 
 A format is one file in this package, one class in it, and one line in ``FORMATS``. ``open_image`` detects the format by
-asking each class in the order of that table and never looks at the file's name. What comes out is the same for all of
-them: runs, which say which pages lie where in the file, or in a temporary one where they had to be unpacked. Opening
-costs neither time nor memory for the pages of a file that has them as they are. An image is read in two ways: page by
-page as a ``PageSource``, for estimates; or as extents, mapped copy-on-write, that a domain is made of, which reads its
-pages from the file when it first needs them and keeps what it writes to itself.
+asking each class in the order of that table. They look at magic numbers; names count only where a format describes its
+pages in another file next to them. What comes out is the same for all of them: runs, which say which pages lie where in
+the file, or in a temporary one where they had to be unpacked. Opening costs neither time nor memory for the pages of a
+file that has them as they are. An image is read in two ways: page by page as a ``PageSource``, for estimates; or as
+extents, mapped copy-on-write, that a domain is made of, which reads its pages from the file when it first needs them
+and keeps what it writes to itself.
 """
 
 from __future__ import annotations
@@ -16,19 +17,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memshr.errors import ImageError
+from memshr.images.avml import Avml
+from memshr.images.cloudhypervisor import CloudHypervisor
 from memshr.images.elfcore import ElfCore
 from memshr.images.file import Contents, FolderFormat, ImageFile, ImageFormat
+from memshr.images.firecracker import Firecracker
 from memshr.images.image import MemoryImage
 from memshr.images.kdump import Kdump
+from memshr.images.lime import Lime
 from memshr.images.mappedram import MappedRam
 from memshr.images.raw import Raw
+from memshr.images.vmware import Vmware
+from memshr.images.xlcore import XlCore
 
 __all__ = ["FORMATS", "MemoryImage", "open_image"]
 
 FORMATS: tuple[ImageFormat, ...] = (
+    XlCore(),  # before elfcore: an ELF core, too
     ElfCore(),
     Kdump(),
     MappedRam(),
+    Lime(),
+    Avml(),
+    Vmware(),
+    CloudHypervisor(),
+    Firecracker(),  # after all that have a magic number: it looks at the files next to an image
     Raw(),  # last: it takes whatever nobody else claims
 )
 """Every format that can be read, in the order in which they are asked whether a file is theirs."""

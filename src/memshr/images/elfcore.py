@@ -26,7 +26,7 @@ MAX_SEGMENTS = 1 << 20
 
 _ADDRESS_LIMIT = 1 << (MAX_GFN_BITS + PAGE_SHIFT)
 
-_EHDR = np.dtype(
+EHDR = np.dtype(
     [
         ("magic", "S4"),
         ("elf_class", "u1"),
@@ -47,6 +47,7 @@ _EHDR = np.dtype(
         ("shstrndx", "<u2"),
     ]
 )
+"""Elf64_Ehdr"""
 _PHDR = np.dtype(
     [
         ("type", "<u4"),
@@ -59,7 +60,7 @@ _PHDR = np.dtype(
         ("align", "<u8"),
     ]
 )
-_SHDR = np.dtype(
+SHDR = np.dtype(
     [
         ("name", "<u4"),
         ("type", "<u4"),
@@ -73,6 +74,7 @@ _SHDR = np.dtype(
         ("entsize", "<u8"),
     ]
 )
+"""Elf64_Shdr"""
 
 _MAGIC = b"\x7fELF"
 _CLASS_64 = 2
@@ -117,7 +119,7 @@ class ElfCore:
 
 def _program_headers(file: ImageFile) -> tuple[int, int]:
     """Offset and length of the program-header table, once the ELF header is found to be that of a core we read."""
-    header = file.records(_EHDR, 0, 1, "the ELF header")[0]
+    header = file.records(EHDR, 0, 1, "the ELF header")[0]
     if header["magic"] != _MAGIC:
         raise file.error("no ELF file: the magic number is missing", offset=0, remedy="leave --format out")
     if header["elf_class"] != _CLASS_64:
@@ -137,13 +139,13 @@ def _program_headers(file: ImageFile) -> tuple[int, int]:
     count, offset = int(header["phnum"]), int(header["phoff"])
     if count == _PN_XNUM:
         section_offset = int(header["shoff"])
-        if not section_offset or header["shentsize"] != _SHDR.itemsize:
+        if not section_offset or header["shentsize"] != SHDR.itemsize:
             raise file.error(
                 "damaged: it has more than 65,534 program headers, and no section header that says how many",
                 offset=40,
                 remedy=_WRITE_AGAIN,
             )
-        count = int(file.records(_SHDR, section_offset, 1, "section header 0")[0]["info"])
+        count = int(file.records(SHDR, section_offset, 1, "section header 0")[0]["info"])
     if count and header["phentsize"] != _PHDR.itemsize:
         raise file.error(
             f"damaged: program headers of {header['phentsize']} bytes, expected {_PHDR.itemsize}",
@@ -236,16 +238,16 @@ class CoreWriter:
             segments = np.array(self._segments, dtype=np.uint64)
             table["vaddr"], table["filesz"], table["offset"] = segments.T
             table["memsz"] = table["filesz"]
-        header = np.zeros(1, dtype=_EHDR)
+        header = np.zeros(1, dtype=EHDR)
         header["magic"], header["elf_class"], header["data"] = _MAGIC, _CLASS_64, _LITTLE_ENDIAN
         header["ident"] = bytes([_EV_CURRENT, *[0] * 9])
         header["type"], header["machine"], header["version"] = _ET_CORE, _EM_X86_64, _EV_CURRENT
-        header["ehsize"], header["phentsize"], header["shentsize"] = _EHDR.itemsize, _PHDR.itemsize, _SHDR.itemsize
+        header["ehsize"], header["phentsize"], header["shentsize"] = EHDR.itemsize, _PHDR.itemsize, SHDR.itemsize
         header["phoff"], header["phnum"] = self._end, min(count, _PN_XNUM)
         self._file.write(table.tobytes())
         self._end += table.nbytes
         if count >= _PN_XNUM:
-            section = np.zeros(1, dtype=_SHDR)
+            section = np.zeros(1, dtype=SHDR)
             section["info"], section["size"] = count, 1
             header["shoff"], header["shnum"] = self._end, 1
             self._file.write(section.tobytes())

@@ -67,7 +67,9 @@ _VERSION_WITH_64_BITS = 6
 _INCOMPLETE = 0x8
 _PACKED = 0x1 | 0x2 | 0x4 | 0x20
 
-_BATCH_PAGES = 2048
+_BATCH_PAGES = 1024
+_MAX_THREADS = 8
+"""What is unpacked and not yet written is at most 17 batches: 68 MiB."""
 _BITMAP_BYTES = 1 << 18
 """How much of a bitmap is looked at in one go."""
 _GAP_BYTES = 1 << 14
@@ -108,30 +110,35 @@ class Kdump:
             )
         unpacked = Unpacked(file)
         try:
-            with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-                waiting: deque[tuple[Gfns, Future[_Pages]]] = deque()
-                done = 0
-                try:
-                    for gfns in _gfns(dump, bitmap_offset, bitmap_bytes):
-                        place = table_offset + done * _DESCRIPTOR.itemsize
-                        waiting.append((gfns, threads.submit(_pages, dump, place, len(gfns))))
-                        done += len(gfns)
-                        if len(waiting) > 2 * (os.cpu_count() or 1):
-                            _finish(unpacked, waiting)
-                    while waiting:
-                        _finish(unpacked, waiting)
-                finally:
-                    threads.shutdown(cancel_futures=True)
+            _unpack_all(dump, _gfns(dump, bitmap_offset, bitmap_bytes), table_offset, unpacked)
             return unpacked.layout()
         except BaseException:
             unpacked.close()
             raise
 
 
-def _finish(unpacked: Unpacked, waiting: deque[tuple[Gfns, Future[_Pages]]]) -> None:
-    gfns, future = waiting.popleft()
-    pages, rows = future.result()
-    unpacked.add(gfns, pages, rows)
+def _unpack_all(dump: PiecedFile, batches: Iterator[Gfns], table_offset: int, unpacked: Unpacked) -> None:
+    """Unpack every page in threads, and store them in order, so that they make few runs."""
+    waiting: deque[tuple[Gfns, Future[_Pages]]] = deque()
+
+    def store_first() -> None:
+        gfns, future = waiting.popleft()
+        pages, rows = future.result()
+        unpacked.add(gfns, pages, rows)
+
+    workers = min(os.cpu_count() or 1, _MAX_THREADS)
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            place = table_offset
+            for gfns in batches:
+                waiting.append((gfns, threads.submit(_pages, dump, place, len(gfns))))
+                place += len(gfns) * _DESCRIPTOR.itemsize
+                if len(waiting) > 2 * workers:
+                    store_first()
+            while waiting:
+                store_first()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def _places(dump: PiecedFile) -> tuple[int, int, int]:

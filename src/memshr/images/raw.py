@@ -1,6 +1,7 @@
 """Raw images: page after page from guest physical address 0 on, and nothing else.
 
-QEMU's ``pmemsave 0 SIZE``, Firecracker's ``mem_file`` and VMware's ``.vmem`` of a small guest are of this kind. The
+QEMU's ``pmemsave 0 SIZE`` writes this, and so do Firecracker (``mem_file``) and VMware (``.vmem``) for guests below
+3 GiB; of larger ones, which they split, the files next to the memory know more (firecracker.py, vmware.py). The
 format has no magic number, so a raw image is what no other format claims; files that plainly are something else are
 refused, because counting the pages of a compressed file answers a question that nobody asked.
 """
@@ -22,8 +23,6 @@ _OTHERS: dict[bytes, tuple[str, str]] = {
     b"QFI\xfb": ("a qcow2 disk", "name an image of memory, not of a disk"),
     b"KDMV": ("a VMDK disk", "name an image of memory, not of a disk"),
     b"LibvirtQemudSave": ("a saved guest of libvirt", "write an ELF dump: virsh dump --memory-only"),
-    b"EMiL": ("a LiME image", "write it again with LiME's format=padded"),
-    b"AVML": ("an AVML image", "convert it to raw with avml-convert"),
 }
 """First bytes of files that are no raw images -> what they are, and what to do about it."""
 

@@ -1,14 +1,6 @@
 """The seam on running QEMU guests: Xen's calls, done with write protection and copy-on-write of the Linux kernel.
 
-What makes this hard: the guests run, and the books are not ours. Who is on which frame is known to the kernel alone
-(/proc/PID/maps says which frame is mapped at a page, the pagemap whether the page still is that frame or already the
-guest's own copy), because the kernel does copy-on-write without telling anybody. So this keeps as little as it can and
-asks for the rest:
-
-* ``_frame``: the frame that is mapped at each page, as maps says; rebuilt from there at every start (I11). Whether the
-  page still *is* the frame is read from the pagemap whenever it matters.
-* ``_phase`` and ``_handle``: which pages are nominated, and in flight. They live and die with this process: handles are
-  names of versions, and nobody can know what happened to a page while nobody watched.
+What makes this hard: the guests run, and who is on which frame is known to the kernel alone (``books``).
 
 The rules:
 
@@ -19,24 +11,18 @@ The rules:
    protection (``agent``).
 4. A frame is punched only after the pagemap of every guest has said that nobody reads it.
 5. Pages of different trust groups never meet: they have different pools, and share refuses (I10).
-
-Frame numbers (mfn) are ``pool << 32 | frame`` with the pool's place in ``_pools``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import (
-    BackendError,
     ConnectionLostError,
     HostMemoryError,
     InvariantError,
@@ -49,15 +35,25 @@ from memshr.errors import (
 )
 from memshr.hypervisor import Capability, error_of
 from memshr.qemu import pagemap
-from memshr.qemu.agent import is_in_session
 from memshr.qemu.attachment import BATCH_ENTRIES, BATCH_PAGES, MOVED_PAGES, Attachment
-from memshr.qemu.guests import GuestProcess, find_guests
-from memshr.qemu.lock import GuestLock, holder_of
+from memshr.qemu.books import (
+    IN_FLIGHT,
+    NOMINATED,
+    NOWHERE,
+    PLAIN,
+    POOL_SHIFT,
+    GuestBooks,
+    GuestFigures,
+    Ids,
+    PoolBooks,
+    PoolFigures,
+)
+from memshr.qemu.guests import GuestProcess
+from memshr.qemu.lock import GuestLock
 from memshr.qemu.pool import FramePool
 from memshr.qemu.protection import WriteWatch
 from memshr.types import (
     PAGE_SIZE,
-    AuditFinding,
     AuditReport,
     Counters,
     DomainInfo,
@@ -66,73 +62,14 @@ from memshr.types import (
     GrantRef,
     Handle,
     Handles,
-    Mfn,
     PageArray,
     PageBytes,
     Statuses,
 )
 
-Ids = NDArray[np.int64]
-"""pages of all guests in one count: those of the first guest, then those of the second, ..."""
-
-_POOL_SHIFT: Final = 32
-_NOWHERE: Final = -1
-_FIRST_HANDLE: Final = 2
-_PLAIN, _NOMINATED, _IN_FLIGHT = 0, 1, 2
 _WINDOW_PAGES: Final = MOVED_PAGES
 DEFAULT_RESERVE_BYTES: Final = 256 << 20
 """Memory of the host that sharing and unsharing leave alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class GuestFigures:
-    """What one guest shares, as the kernel says. Pages.
-
-    ``sharing_pages`` lie on a frame; ``copied_pages`` lie in a pool's mapping but were written since, so they cost a
-    mapping (``fold_back`` mends it); ``absent_pages`` cost the host nothing: never touched, or given back as zeros.
-    """
-
-    domid: DomId
-    name: str
-    pid: int
-    group: str
-    ram_pages: int
-    sharing_pages: int
-    copied_pages: int
-    nominated_pages: int
-    absent_pages: int
-    mappings_left: int
-
-
-@dataclass(frozen=True, slots=True)
-class PoolFigures:
-    """One frame pool. ``used_frames`` are read by somebody, ``backed_bytes`` is what the host spends on it."""
-
-    group: str
-    used_frames: int
-    sharing_pages: int
-    backed_bytes: int
-
-
-class _PoolBooks:
-    """A pool with what is known of each of its frames: its handle and the sum of its contents (0: none)."""
-
-    def __init__(self, pool: FramePool) -> None:
-        self.pool = pool
-        self.whole = False
-        """see _whole, which judges; right for the guests in ``judged_for``"""
-        self.judged_for: frozenset[DomId] | None = None
-        self.handles = np.zeros(0, dtype=np.uint64)
-        self.sums = np.zeros(0, dtype=np.uint64)
-        self.grow()
-
-    def grow(self) -> None:
-        """Make room for every frame number that was given out."""
-        missing = self.pool.frames - len(self.handles)
-        if missing > 0:
-            room = np.zeros(max(missing, len(self.handles)), dtype=np.uint64)
-            self.handles = np.concatenate([self.handles, room])
-            self.sums = np.concatenate([self.sums, room])
 
 
 class QemuHypervisor:
@@ -158,28 +95,11 @@ class QemuHypervisor:
     ) -> None:
         self._reserve_bytes = reserve_bytes
         self._locks: dict[int, GuestLock] = {}
-        self._guests: list[Attachment] = []
-        self._pools: list[_PoolBooks] = []
         self._watch: WriteWatch | None = None
-        self._lock = threading.Lock()
+        self._enabled = [False] * len(processes)
+        self._chosen_pool: dict[str, int] = {}
+        self._books = GuestBooks(processes, groups or {})
         try:
-            for number, process in enumerate(processes, start=1):
-                self._guests.append(Attachment(DomId(number), process))
-            self._groups = _group_of_each(processes, groups or {})
-            sizes = [guest.pages for guest in self._guests]
-            self._base = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-            total = int(self._base[-1])
-            self._frame = np.full(total, _NOWHERE, dtype=np.int64)
-            self._phase = np.zeros(total, dtype=np.uint8)
-            self._handle = np.zeros(total, dtype=np.uint64)
-            self._next_handle = _FIRST_HANDLE
-            self._enabled = [False] * len(self._guests)
-            self._chosen_pool: dict[str, int] = {}
-            self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
-            self._weights += np.uint64(1)
-            self._buffer = np.empty((512, PAGE_SIZE), dtype=np.uint8)
-            for guest in self._guests:
-                self._rebuild(guest)
             self._watch = WriteWatch(self._on_writes, self._on_end, self._on_failure)
         except BaseException:
             self.close()
@@ -196,127 +116,24 @@ class QemuHypervisor:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        for guest in self._guests:
-            guest.close()
-        for pool in self._pools:
-            pool.pool.close()
+        self._books.close()
         for lock in self._locks.values():
             lock.release()
-        self._guests, self._pools, self._locks = [], [], {}
-
-    # -- the truth of the host -------------------------------------------------------------------------------------
-
-    def _rebuild(self, guest: Attachment) -> None:
-        """Read from maps which frame is mapped at each page of a guest."""
-        base = int(self._base[guest.domid - 1])
-        frames, findings = self._mapped_frames(guest)
-        if findings:
-            raise InvariantError("; ".join(str(finding) for finding in findings))
-        self._frame[base : base + guest.pages] = frames
-        guest.in_pool[:] = frames != _NOWHERE
-        self._give_frame_handles(frames[guest.in_pool])  # older, and so smaller, than any that is yet to come
-
-    def _mapped_frames(self, guest: Attachment) -> tuple[NDArray[np.int64], list[AuditFinding]]:
-        frames = np.full(guest.pages, _NOWHERE, dtype=np.int64)
-        findings = []
-        known: dict[int, int] = {books.pool.inode: number for number, books in enumerate(self._pools)}
-        for mapped in guest.pool_mappings():
-            sample = mapped.sample
-            number = known.get(sample.inode)
-            if number is None:
-                try:
-                    pool = FramePool.adopt(guest.process.pid, sample)
-                except OSError as error:
-                    raise guest.gone() from error
-                if pool is None:
-                    findings.append(
-                        AuditFinding(
-                            "I10",
-                            guest.domid,
-                            None,
-                            None,
-                            "frame pools that memshr made",
-                            f"a mapping at {sample.start:#x} that only calls itself a pool of {mapped.group}",
-                            "the guest's QEMU pretends to share",
-                        )
-                    )
-                    continue
-                number = len(self._pools)
-                known[pool.inode] = number
-                self._pools.append(_PoolBooks(pool))
-            pages = guest.pages_of_hvas(mapped.hvas)
-            inside = pages >= 0
-            frames[pages[inside]] = (number << _POOL_SHIFT) + mapped.frames[inside]
-        return frames, findings
-
-    def _on_frame(self, ids: Ids) -> NDArray[np.bool_]:
-        """Which pages are on a frame now, by the pagemap. The pages of guests that have ended are not."""
-        found = np.asarray(self._frame[ids] != _NOWHERE)
-        mapped = np.flatnonzero(found)
-        for guest, rows in self._by_guest(ids[mapped]):
-            some = mapped[rows]
-            try:
-                found[some] = pagemap.on_frame(guest.entries(self._local(guest, ids[some])))
-            except NoSuchDomainError:
-                found[some] = False
-        return found
-
-    def _readers(self) -> tuple[Ids, NDArray[np.int64]]:
-        """Every page that is on a frame now, and its frame."""
-        ids = np.flatnonzero(self._frame != _NOWHERE)
-        ids = ids[self._on_frame(ids)]
-        return ids, self._frame[ids]
-
-    def _by_guest(self, ids: Ids) -> list[tuple[Attachment, NDArray[np.int64]]]:
-        # Each guest that has some of these pages, with the rows of ``ids`` that are its.
-        row = np.searchsorted(self._base, ids, side="right") - 1
-        return [(self._guests[int(each)], np.flatnonzero(row == each)) for each in np.unique(row)]
-
-    def _local(self, guest: Attachment, ids: Ids) -> NDArray[np.int64]:
-        return np.asarray(ids - self._base[guest.domid - 1])
-
-    def _guest(self, domid: int, call: str) -> Attachment:
-        if 0 < domid <= len(self._guests) and not self._guests[domid - 1].dead:
-            return self._guests[domid - 1]
-        raise error_of(call, Status.EPERM if domid == 0 else Status.ESRCH, domid=domid)
-
-    def _ids(self, pages: PageArray) -> tuple[Ids, Statuses]:
-        """The ids of pages (-1 where there is none), and ESRCH, EPERM or EINVAL for those."""
-        ids = np.full(len(pages), -1, dtype=np.int64)
-        statuses = np.full(len(pages), Status.ESRCH, dtype=np.int32)
-        statuses[pages.domids == 0] = Status.EPERM
-        for domid in np.unique(pages.domids).tolist():
-            if not 0 < domid <= len(self._guests) or self._guests[domid - 1].dead:
-                continue
-            rows = np.flatnonzero(pages.domids == domid)
-            local = self._guests[domid - 1].pages_of_gfns(pages.gfns[rows])
-            ids[rows] = np.where(local >= 0, local + self._base[domid - 1], -1)
-            statuses[rows] = np.where(local >= 0, Status.OK, Status.EINVAL)
-        return ids, statuses
-
-    def _note_end(self, guest: Attachment, error: MemshrError) -> None:
-        # A guest that has ended is left out from now on; one that lives but does not answer is the caller's to know.
-        if guest.process.running and not guest.dead:
-            raise error
-        guest.dead = True
-
-    def _place(self, page: int) -> tuple[DomId, Gfn]:
-        guest = self._guests[int(np.searchsorted(self._base, page, side="right")) - 1]
-        return guest.domid, Gfn(int(guest.gfns_of_pages(np.array([page - self._base[guest.domid - 1]]))[0]))
+        self._locks = {}
 
     # -- what the write watch calls, in its thread -----------------------------------------------------------------
 
     def _on_writes(self, uffd: int, addresses: NDArray[np.int64]) -> None:
-        guest = next((each for each in self._guests if each.session and each.session.uffd == uffd), None)
+        guest = next((each for each in self._books.guests if each.session and each.session.uffd == uffd), None)
         if guest is None:
             return
         local = guest.pages_of_hvas(addresses)
         local = np.unique(local[local >= 0])
-        ids = local + self._base[guest.domid - 1]
-        with self._lock:
-            standing = self._phase[ids] != _IN_FLIGHT
-            self._phase[ids[standing]] = _PLAIN
-            self._handle[ids[standing]] = 0
+        ids = local + self._books.base[guest.domid - 1]
+        with self._books.lock:
+            standing = self._books.phase[ids] != IN_FLIGHT
+            self._books.phase[ids[standing]] = PLAIN
+            self._books.handle[ids[standing]] = 0
             # Inside the lock: once it is open, the page may be nominated, and so protected, anew.
             try:
                 guest.unprotect(local[standing])
@@ -325,12 +142,12 @@ class QemuHypervisor:
 
     def _on_failure(self) -> None:
         # Nobody hears of writes any more: without sessions nothing is protected and nobody waits.
-        for guest in self._guests:
+        for guest in self._books.guests:
             if guest.session is not None:
                 guest.session.abandon()
 
     def _on_end(self, uffd: int) -> None:
-        for guest in self._guests:
+        for guest in self._books.guests:
             if guest.session and guest.session.uffd == uffd:
                 guest.dead = True
 
@@ -344,7 +161,7 @@ class QemuHypervisor:
     def domains(self) -> Sequence[DomainInfo]:
         """The guests that are still there, in order of domid."""
         found = []
-        for guest in self._guests:
+        for guest in self._books.guests:
             try:
                 found.append(self.domain_info(guest.domid))
             except NoSuchDomainError:
@@ -353,8 +170,8 @@ class QemuHypervisor:
 
     def domain_info(self, domid: DomId) -> DomainInfo:
         """As the seam says; costs a look at the pagemap of the guest's shared pages."""
-        guest = self._guest(domid, "domain_info")
-        figures = self._figures(guest)
+        guest = self._books.guest(domid, "domain_info")
+        figures = self._books.figures(guest)
         shared = figures.sharing_pages + figures.nominated_pages
         return DomainInfo(
             domid=domid,
@@ -367,7 +184,7 @@ class QemuHypervisor:
 
     def populated_ranges(self, domid: DomId) -> NDArray[np.int64]:
         """As the seam says: QEMU's RAM ranges."""
-        guest = self._guest(domid, "populated_ranges")
+        guest = self._books.guest(domid, "populated_ranges")
         ranges: list[list[int]] = []
         for first, pages in zip(guest.first_gfns.tolist(), guest.range_pages.tolist(), strict=True):
             if ranges and sum(ranges[-1]) == first:
@@ -379,35 +196,35 @@ class QemuHypervisor:
     def backed(self, pages: PageArray) -> NDArray[np.bool_]:
         """Which pages the host spends memory on: neither absent nor the kernel's zero page. A shared page is."""
         found = np.zeros(len(pages), dtype=np.bool_)
-        ids, _ = self._ids(pages)
+        ids, _ = self._books.ids(pages)
         there = np.flatnonzero(ids >= 0)
-        for guest, rows in self._by_guest(ids[there]):
-            entries = guest.entries(self._local(guest, ids[there[rows]]))
-            in_pool = self._frame[ids[there[rows]]] != _NOWHERE
+        for guest, rows in self._books.by_guest(ids[there]):
+            entries = guest.entries(self._books.local(guest, ids[there[rows]]))
+            in_pool = self._books.frame[ids[there[rows]]] != NOWHERE
             found[there[rows]] = in_pool | (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries))
         return found
 
     def huge(self, pages: PageArray) -> NDArray[np.bool_]:
         """As the seam says: transparent huge pages. Looks at one page of each."""
         found = np.zeros(len(pages), dtype=np.bool_)
-        ids, _ = self._ids(pages)
+        ids, _ = self._books.ids(pages)
         there = np.flatnonzero(ids >= 0)
-        for guest, rows in self._by_guest(ids[there]):
-            found[there[rows]] = guest.huge(self._local(guest, ids[there[rows]]))
+        for guest, rows in self._books.by_guest(ids[there]):
+            found[there[rows]] = guest.huge(self._books.local(guest, ids[there[rows]]))
         return found
 
     def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
         """As the seam says: looks at the pagemap of the pages that have a frame mapped."""
-        found = np.full(len(pages), _NOWHERE, dtype=np.int64)
-        ids, _ = self._ids(pages)
+        found = np.full(len(pages), NOWHERE, dtype=np.int64)
+        ids, _ = self._books.ids(pages)
         there = np.flatnonzero(ids >= 0)
-        there = there[self._on_frame(ids[there])]
-        found[there] = self._frame[ids[there]]
+        there = there[self._books.on_frame(ids[there])]
+        found[there] = self._books.frame[ids[there]]
         return found
 
     def read_range(self, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:
         """As the seam says. Absent pages are not touched: they are filled with zeros here."""
-        guest = self._guest(domid, "read_range")
+        guest = self._books.guest(domid, "read_range")
         local = guest.pages_of_gfns(np.arange(first, first + count, dtype=np.int64))
         if (local < 0).any():
             raise error_of("read_range", Status.EINVAL, domid=domid, gfn=int(first + np.flatnonzero(local < 0)[0]))
@@ -418,16 +235,16 @@ class QemuHypervisor:
 
     def read_pages(self, pages: PageArray, out: PageBytes) -> Statuses:
         """As the seam says: one system call for 1,024 pages."""
-        ids, statuses = self._ids(pages)
+        ids, statuses = self._books.ids(pages)
         good = np.flatnonzero(statuses == Status.OK)
-        for guest, rows in self._by_guest(ids[good]):
+        for guest, rows in self._books.by_guest(ids[good]):
             where = good[rows]
             try:
                 if len(where) == len(pages):
-                    guest.read_scattered(self._local(guest, ids), out[: len(pages)])
+                    guest.read_scattered(self._books.local(guest, ids), out[: len(pages)])
                 else:
                     contents = np.empty((len(where), PAGE_SIZE), dtype=np.uint8)
-                    guest.read_scattered(self._local(guest, ids[where]), contents)
+                    guest.read_scattered(self._books.local(guest, ids[where]), contents)
                     out[where] = contents
             except NoSuchDomainError:
                 statuses[where] = Status.ESRCH
@@ -440,7 +257,7 @@ class QemuHypervisor:
 
         :raises RefusedDomainError: the guest must not be touched; ``reasons`` has each reason with its remedy.
         """
-        guest = self._guest(domid, "control")
+        guest = self._books.guest(domid, "control")
         if enable and guest.session is None:
             if domid not in self._locks:
                 self._locks[domid] = GuestLock(guest.process.pid, guest.process.name)
@@ -449,7 +266,7 @@ class QemuHypervisor:
             assert self._watch is not None
             self._watch.add(guest.session.uffd)
             # Only now: the agent may have been at the last table of a memshr that died, until it took our session.
-            self._rebuild(guest)
+            self._books.rebuild(guest)
         self._enabled[domid - 1] = enable
 
     def nominate_gfn(self, domid: DomId, gfn: Gfn) -> Handle:
@@ -471,12 +288,12 @@ class QemuHypervisor:
     ) -> None:
         """As the seam says; also RefusedDomainError (EXDEV) for domains of different trust groups."""
         self.control(source_domid, True)
-        self._guest(client_domid, "share_gfns")
+        self._books.guest(client_domid, "share_gfns")
         if not self._enabled[client_domid - 1]:
             raise SharingDisabledError(
                 f"share_gfns: sharing is not enabled on domain {client_domid}", call="share_gfns", domid=client_domid
             )
-        if self._groups[source_domid - 1] != self._groups[client_domid - 1]:
+        if self._books.groups[source_domid - 1] != self._books.groups[client_domid - 1]:
             text = f"domains {source_domid} and {client_domid} are in different trust groups"
             raise RefusedDomainError(
                 f"share_gfns: {text}",
@@ -505,15 +322,15 @@ class QemuHypervisor:
 
     def debug_gfn(self, domid: DomId, gfn: Gfn) -> int:
         """As the seam says: looks at the pagemap of everybody who has the frame mapped."""
-        ids, statuses = self._ids(_one(domid, gfn))
+        ids, statuses = self._books.ids(_one(domid, gfn))
         if statuses[0]:
             raise error_of("debug_gfn", int(statuses[0]), domid=domid, gfn=gfn)
-        if self._phase[ids[0]] == _NOMINATED:
+        if self._books.phase[ids[0]] == NOMINATED:
             return 1
-        if not self._on_frame(ids)[0]:
+        if not self._books.on_frame(ids)[0]:
             raise error_of("debug_gfn", Status.EINVAL, domid=domid, gfn=gfn)
-        sharers = np.flatnonzero(self._frame == self._frame[ids[0]])
-        return int(self._on_frame(sharers).sum())
+        sharers = np.flatnonzero(self._books.frame == self._books.frame[ids[0]])
+        return int(self._books.on_frame(sharers).sum())
 
     # -- nominate --------------------------------------------------------------------------------------------------
 
@@ -523,7 +340,7 @@ class QemuHypervisor:
         A guest with drives that read past any protection is stopped for a moment, until their requests have ended.
         """
         self._check_watch()
-        ids, statuses = self._ids(pages)
+        ids, statuses = self._books.ids(pages)
         for domid in np.unique(pages.domids[statuses == Status.OK]).tolist():
             try:
                 self.control(DomId(domid), True)
@@ -540,57 +357,33 @@ class QemuHypervisor:
         # ``ids`` ascend and are distinct.
         handles = np.zeros(len(ids), dtype=np.uint64)
         statuses = np.zeros(len(ids), dtype=np.int32)
-        shared = self._on_frame(ids)
-        handles[shared] = self._give_frame_handles(self._frame[ids[shared]])
-        with self._lock:
-            already = ~shared & (self._phase[ids] == _NOMINATED)
-            handles[already] = self._handle[ids[already]]
+        shared = self._books.on_frame(ids)
+        handles[shared] = self._books.give_frame_handles(self._books.frame[ids[shared]])
+        with self._books.lock:
+            already = ~shared & (self._books.phase[ids] == NOMINATED)
+            handles[already] = self._books.handle[ids[already]]
             fresh = ~shared & ~already
-            new = self._new_handles(int(fresh.sum()))
-            self._handle[ids[fresh]] = handles[fresh] = new
-            self._phase[ids[fresh]] = _NOMINATED  # before the protection: the watch must know what it is told of
+            new = self._books.new_handles(int(fresh.sum()))
+            self._books.handle[ids[fresh]] = handles[fresh] = new
+            self._books.phase[ids[fresh]] = NOMINATED  # before the protection: the watch must know what it is told of
         rows = np.flatnonzero(fresh)
-        for guest, some in self._by_guest(ids[rows]):
+        for guest, some in self._books.by_guest(ids[rows]):
             mine = ids[rows[some]]
             try:
-                guest.protect(self._local(guest, mine))
+                guest.protect(self._books.local(guest, mine))
                 if guest.must_drain:
                     guest.drain()
             except (NoSuchDomainError, ConnectionLostError) as error:
-                self._note_end(guest, error)
+                self._books.note_end(guest, error)
                 statuses[rows[some]] = Status.ESRCH
             except HostMemoryError:
                 statuses[rows[some]] = Status.ENOMEM
         failed = statuses != Status.OK
-        with self._lock:
-            self._phase[ids[failed]] = _PLAIN
-            self._handle[ids[failed]] = 0
+        with self._books.lock:
+            self._books.phase[ids[failed]] = PLAIN
+            self._books.handle[ids[failed]] = 0
         handles[failed] = 0
         return handles, statuses
-
-    def _new_handles(self, count: int) -> Handles:
-        first = self._next_handle
-        self._next_handle += count
-        return np.arange(first, first + count, dtype=np.uint64)
-
-    def _give_frame_handles(self, frames: NDArray[np.int64]) -> Handles:
-        # A frame that was shared by an earlier memshr has no handle yet.
-        handles = np.zeros(len(frames), dtype=np.uint64)
-        for books, rows, numbers in self._by_pool(frames):
-            without = np.unique(numbers[books.handles[numbers] == 0])
-            books.handles[without] = self._new_handles(len(without))
-            handles[rows] = books.handles[numbers]
-        return handles
-
-    def _by_pool(self, frames: NDArray[np.int64]) -> list[tuple[_PoolBooks, NDArray[np.int64], NDArray[np.int64]]]:
-        # Each pool that has some of these frames, with the rows of ``frames`` that are its and their numbers in it.
-        pools = frames >> _POOL_SHIFT
-        found = []
-        for number in np.unique(pools).tolist():
-            rows = np.flatnonzero(pools == number)
-            self._pools[number].grow()
-            found.append((self._pools[number], rows, frames[rows] & ((1 << _POOL_SHIFT) - 1)))
-        return found
 
     # -- share -----------------------------------------------------------------------------------------------------
 
@@ -599,8 +392,8 @@ class QemuHypervisor:
     ) -> Statuses:
         """As the seam says; EXDEV: different trust groups; ENOMEM: the host has no more memory or mappings."""
         self._check_watch()
-        source_ids, statuses = self._ids(sources)
-        client_ids, client_statuses = self._ids(clients)
+        source_ids, statuses = self._books.ids(sources)
+        client_ids, client_statuses = self._books.ids(clients)
         both_holes = (statuses == Status.EINVAL) & (client_statuses == Status.EINVAL)
         # Nothing at a gfn is no shared frame: the handle of that side is not valid. Unknown domains come first.
         for answers, hole in ((client_statuses, Status.C_HANDLE_INVALID), (statuses, Status.S_HANDLE_INVALID)):
@@ -612,10 +405,10 @@ class QemuHypervisor:
         disabled = known & ~enabled[np.where(known, clients.domids, 0)]
         statuses[disabled & ~_of_domain(statuses)] = Status.EINVAL
         statuses[both_holes & ~disabled] = Status.OK
-        groups = np.array(["", *self._groups])
+        groups = np.array(["", *self._books.groups])
         rows = np.flatnonzero((source_ids >= 0) & (client_ids >= 0) & (statuses == Status.OK))
         apart = groups[sources.domids[rows]] != groups[clients.domids[rows]]
-        apart |= self._on_foreign_frame(source_ids[rows]) | self._on_foreign_frame(client_ids[rows])
+        apart |= self._books.on_foreign_frame(source_ids[rows]) | self._books.on_foreign_frame(client_ids[rows])
         statuses[rows[apart]] = Status.EXDEV
         rows = rows[~apart]
         for domid in np.unique(sources.domids[rows]).tolist():
@@ -625,7 +418,7 @@ class QemuHypervisor:
                 statuses[rows[sources.domids[rows] == domid]] = Status.EXDEV
         rows = rows[statuses[rows] == Status.OK]
         named = np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist()
-        self._hand_over_pools([self._guests[domid - 1] for domid in named])
+        self._hand_over_pools([self._books.guests[domid - 1] for domid in named])
         while len(rows):
             some = rows[: self._few_enough(source_ids[rows], client_ids[rows])]  # all that is in flight at once
             some = some[: self._independent(source_ids[some], client_ids[some])]
@@ -633,33 +426,22 @@ class QemuHypervisor:
             rows = rows[len(some) :]
         return statuses
 
-    def _on_foreign_frame(self, ids: Ids) -> NDArray[np.bool_]:
-        # Which pages are on frames of a group that their guest is not in (any more): these get no new sharers.
-        frames = self._frame[ids]
-        pools = np.where(frames == _NOWHERE, len(self._pools), frames >> _POOL_SHIFT)
-        guests = np.searchsorted(self._base, ids, side="right") - 1
-        groups = np.array([*(books.pool.group for books in self._pools), ""])
-        foreign = np.asarray((frames != _NOWHERE) & (groups[pools] != np.array(self._groups)[guests]))
-        some = np.flatnonzero(foreign)
-        foreign[some] = self._on_frame(ids[some])
-        return foreign
-
     def _few_enough(self, sources: Ids, clients: Ids) -> int:
         # How many rows from the first on may be in flight at once: more if they are long runs, which remap sooner.
         sources, clients = sources[:MOVED_PAGES], clients[:MOVED_PAGES]
         order = np.argsort(clients)
-        onto = np.where(self._frame[sources] == _NOWHERE, sources, self._frame[sources])[order]
+        onto = np.where(self._books.frame[sources] == NOWHERE, sources, self._books.frame[sources])[order]
         pieces = 1 + int(((np.diff(clients[order]) != 1) | (np.diff(onto) != 1)).sum())
         return len(clients) if pieces <= BATCH_ENTRIES else BATCH_PAGES
 
     def _independent(self, sources: Ids, clients: Ids) -> int:
         """How many rows from the first on can be done at once: no row changes what a later one looks at."""
         both = np.concatenate([sources, clients])
-        shared = self._on_frame(both)
-        things = np.where(shared, -2 - self._frame[both], both)  # a page on a frame stands for its whole frame
+        shared = self._books.on_frame(both)
+        things = np.where(shared, -2 - self._books.frame[both], both)  # a page on a frame stands for its whole frame
         # A row whose pages are together already changes nothing and stays so: it is in nobody's way.
         idle = np.flatnonzero(things[: len(sources)] == things[len(sources) :])
-        own = np.arange(2 * len(idle)) + int(self._base[-1])
+        own = np.arange(2 * len(idle)) + int(self._books.base[-1])
         things[idle], things[len(sources) + idle] = own[: len(idle)], own[len(idle) :]
         _, inverse = np.unique(things, return_inverse=True)
         source, client = inverse[: len(sources)], inverse[len(sources) :]
@@ -674,15 +456,17 @@ class QemuHypervisor:
     def _share(self, sources: Ids, source_handles: Handles, clients: Ids, client_handles: Handles) -> Statuses:
         """Share independent rows; all pages exist and are in one trust group each row."""
         statuses = np.zeros(len(sources), dtype=np.int32)
-        source_shared, client_shared = self._on_frame(sources), self._on_frame(clients)
-        same = (sources == clients) | (source_shared & client_shared & (self._frame[sources] == self._frame[clients]))
-        source_frame_handles = self._frame_handles(sources, source_shared)
-        client_frame_handles = self._frame_handles(clients, client_shared)
-        with self._lock:
+        source_shared, client_shared = self._books.on_frame(sources), self._books.on_frame(clients)
+        same = (sources == clients) | (
+            source_shared & client_shared & (self._books.frame[sources] == self._books.frame[clients])
+        )
+        source_frame_handles = self._books.frame_handles(sources, source_shared)
+        client_frame_handles = self._books.frame_handles(clients, client_shared)
+        with self._books.lock:
             good_source = self._valid(sources, source_handles, source_shared, source_frame_handles)
             good_client = self._valid(clients, client_handles, client_shared, client_frame_handles)
-            is_shared = source_shared | (self._phase[sources] == _NOMINATED)
-            client_is_shared = client_shared | (self._phase[clients] == _NOMINATED)
+            is_shared = source_shared | (self._books.phase[sources] == NOMINATED)
+            client_is_shared = client_shared | (self._books.phase[clients] == NOMINATED)
             statuses[~good_client] = Status.C_HANDLE_INVALID
             statuses[~good_source] = Status.S_HANDLE_INVALID
             # A side that is no shared frame at all is named before any handle is looked at.
@@ -692,34 +476,27 @@ class QemuHypervisor:
             rows = np.flatnonzero((statuses == Status.OK) & ~same)
             new_sources = np.unique(sources[rows[~source_shared[rows]]])
             single = clients[rows[~client_shared[rows]]]
-            self._phase[new_sources] = _IN_FLIGHT
-            self._phase[single] = _IN_FLIGHT
+            self._books.phase[new_sources] = IN_FLIGHT
+            self._books.phase[single] = IN_FLIGHT
         moved, moved_target = self._take_sharers(clients[rows], client_shared[rows], sources[rows])
         target_of_client = np.concatenate([sources[rows[~client_shared[rows]]], moved_target])
         movers = np.concatenate([single, moved])
-        old_frames = np.unique(self._frame[moved]) if len(moved) else np.empty(0, dtype=np.int64)
+        old_frames = np.unique(self._books.frame[moved]) if len(moved) else np.empty(0, dtype=np.int64)
         try:
             landed = self._land(new_sources, movers, target_of_client)
         finally:
             self._settle(np.concatenate([new_sources, movers]))
         self._punch_unread(old_frames)
         # A row is done if both sides are on one frame now.
-        done = self._frame[sources[rows]] == self._frame[clients[rows]]
+        done = self._books.frame[sources[rows]] == self._books.frame[clients[rows]]
         done &= np.isin(clients[rows], landed)
         statuses[rows[~done]] = Status.ENOMEM
         return statuses
 
-    def _frame_handles(self, ids: Ids, shared: NDArray[np.bool_]) -> Handles:
-        handles = np.zeros(len(ids), dtype=np.uint64)
-        mapped = np.flatnonzero(shared)
-        for books, rows, numbers in self._by_pool(self._frame[ids[mapped]]):
-            handles[mapped[rows]] = books.handles[numbers]
-        return handles
-
     def _valid(
         self, ids: Ids, handles: Handles, shared: NDArray[np.bool_], frame_handles: Handles
     ) -> NDArray[np.bool_]:
-        nominated = ~shared & (self._phase[ids] == _NOMINATED) & (self._handle[ids] == handles)
+        nominated = ~shared & (self._books.phase[ids] == NOMINATED) & (self._books.handle[ids] == handles)
         return np.asarray((nominated | (shared & (frame_handles == handles))) & (handles != 0))
 
     def _take_sharers(self, clients: Ids, shared: NDArray[np.bool_], targets: Ids) -> tuple[Ids, Ids]:
@@ -727,25 +504,25 @@ class QemuHypervisor:
 
         :returns: the pages, and for each the source whose frame it is to move to.
         """
-        frames = self._frame[clients[shared]]
+        frames = self._books.frame[clients[shared]]
         if not len(frames):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         order = np.argsort(frames)
-        ids = np.flatnonzero(np.isin(self._frame, frames))
-        ids = self._hold(ids[self._on_frame(ids)])
-        place = np.searchsorted(frames[order], self._frame[ids])
+        ids = np.flatnonzero(np.isin(self._books.frame, frames))
+        ids = self._hold(ids[self._books.on_frame(ids)])
+        place = np.searchsorted(frames[order], self._books.frame[ids])
         return ids, targets[shared][order[place]]
 
     def _hold(self, ids: Ids) -> Ids:
         """Take pages in flight that are on frames, protected; returns those that still were when it held."""
-        with self._lock:
-            self._phase[ids] = _IN_FLIGHT
-        for guest, rows in self._by_guest(ids):
+        with self._books.lock:
+            self._books.phase[ids] = IN_FLIGHT
+        for guest, rows in self._books.by_guest(ids):
             try:
-                guest.protect(self._local(guest, ids[rows]))
+                guest.protect(self._books.local(guest, ids[rows]))
             except (NoSuchDomainError, ConnectionLostError) as error:
-                self._note_end(guest, error)
-        kept = self._on_frame(ids)
+                self._books.note_end(guest, error)
+        kept = self._books.on_frame(ids)
         self._settle(ids[~kept])
         return ids[kept]
 
@@ -758,103 +535,97 @@ class QemuHypervisor:
             return movers
         if pagemap.host_available_bytes() - len(new_sources) * PAGE_SIZE < self._reserve_bytes:
             return movers[:0]
-        for guest, rows in self._by_guest(np.concatenate([new_sources, movers])):
+        for guest, rows in self._books.by_guest(np.concatenate([new_sources, movers])):
             if not guest.dead:
-                guest.split_huge_pages(np.sort(self._local(guest, np.concatenate([new_sources, movers])[rows])))
+                guest.split_huge_pages(np.sort(self._books.local(guest, np.concatenate([new_sources, movers])[rows])))
         try:
             wanted = self._new_frames(new_sources)
         except HostMemoryError:
             return movers[:0]
-        handles = self._handle[new_sources].copy()
+        handles = self._books.handle[new_sources].copy()
         landed = self._map(new_sources, wanted)
-        for books, rows, numbers in self._by_pool(wanted[landed]):
+        for books, rows, numbers in self._books.by_pool(wanted[landed]):
             books.handles[numbers] = handles[landed][rows]
         ready = np.isin(targets, new_sources[landed]) | ~np.isin(targets, new_sources)
-        done = movers[ready][self._map(movers[ready], self._frame[targets[ready]])]
+        done = movers[ready][self._map(movers[ready], self._books.frame[targets[ready]])]
         self._punch_unread(wanted[~landed])
         return done
 
     def _new_frames(self, sources: Ids) -> NDArray[np.int64]:
         """Copies of the contents of in-flight pages in new frames of their groups' pools."""
         frames = np.empty(len(sources), dtype=np.int64)
-        for guest, rows in self._by_guest(sources):
+        for guest, rows in self._books.by_guest(sources):
             contents = np.empty((len(rows), PAGE_SIZE), dtype=np.uint8)
-            guest.read_scattered(self._local(guest, sources[rows]), contents)
-            number = self._chosen_pool[self._groups[guest.domid - 1]]
-            books = self._pools[number]
+            guest.read_scattered(self._books.local(guest, sources[rows]), contents)
+            number = self._chosen_pool[self._books.groups[guest.domid - 1]]
+            books = self._books.pools[number]
             first = books.pool.add(contents)
-            frames[rows] = (number << _POOL_SHIFT) + first + np.arange(len(rows))
+            frames[rows] = (number << POOL_SHIFT) + first + np.arange(len(rows))
             books.grow()
-            books.sums[first : first + len(rows)] = self._sums(contents)
+            books.sums[first : first + len(rows)] = self._books.sums(contents)
         return frames
 
     def _hand_over_pools(self, guests: Sequence[Attachment]) -> None:
         # Before anything is in flight: this needs QEMU's main thread, which may itself come to wait for such a page.
         # And first for all of them: which pool new frames go to is decided once, and every guest gets that one.
-        groups = {self._groups[guest.domid - 1] for guest in guests}
+        groups = {self._books.groups[guest.domid - 1] for guest in guests}
         for group in groups:
-            if not any(self._whole(books) for books in self._pools if books.pool.group == group):
+            if not any(self._books.whole(books) for books in self._books.pools if books.pool.group == group):
                 # Perhaps for want of a session with a guest of ours that reads the group's pool.
-                for other in self._guests:
+                for other in self._books.guests:
                     with contextlib.suppress(MemshrError):
                         self._settle_books(other)
             self._chosen_pool[group] = self._pool_for(group)
         for guest in guests:
-            for books in self._pools:
-                if books.pool.group == self._groups[guest.domid - 1] and not guest.dead:
+            for books in self._books.pools:
+                if books.pool.group == self._books.groups[guest.domid - 1] and not guest.dead:
                     try:
                         guest.pool_number(books.pool)
                     except (NoSuchDomainError, ConnectionLostError) as error:
-                        self._note_end(guest, error)
+                        self._books.note_end(guest, error)
 
     def _pool_for(self, group: str) -> int:
-        for number, books in enumerate(self._pools):
-            if books.pool.group == group and self._whole(books):
+        for number, books in enumerate(self._books.pools):
+            if books.pool.group == group and self._books.whole(books):
                 return number
-        self._pools.append(_PoolBooks(FramePool.create(group)))
-        return len(self._pools) - 1
-
-    def _sums(self, contents: PageBytes) -> NDArray[np.uint64]:
-        # A sum with secret odd weights: any change of a page changes it, and nobody can plan one that does not.
-        words = contents.reshape(len(contents), PAGE_SIZE).view(np.uint64)
-        mixed = words ^ (words >> np.uint64(32))
-        return np.asarray((mixed * self._weights).sum(axis=1, dtype=np.uint64)) | np.uint64(1)
+        self._books.pools.append(PoolBooks(FramePool.create(group)))
+        return len(self._books.pools) - 1
 
     def _map(self, ids: Ids, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Map frames over in-flight pages; returns for which it was done."""
         done = np.zeros(len(ids), dtype=np.bool_)
-        for guest, mine in self._by_guest(ids):
-            for books, rows, _ in self._by_pool(frames[mine]):
+        for guest, mine in self._books.by_guest(ids):
+            for books, rows, _ in self._books.by_pool(frames[mine]):
                 some = mine[rows]
                 some = some[np.argsort(ids[some])]
-                numbers = frames[some] & ((1 << _POOL_SHIFT) - 1)
+                numbers = frames[some] & ((1 << POOL_SHIFT) - 1)
                 try:
-                    mapped = guest.map_frames(self._local(guest, ids[some]), numbers, books.pool)
+                    mapped = guest.map_frames(self._books.local(guest, ids[some]), numbers, books.pool)
                 except (NoSuchDomainError, ConnectionLostError) as error:
-                    self._note_end(guest, error)
+                    self._books.note_end(guest, error)
                     continue
                 finished = some[:mapped]
                 done[finished] = True
-                self._frame[ids[finished]] = frames[finished]
-                guest.in_pool[self._local(guest, ids[finished])] = True
-                with self._lock:
-                    self._phase[ids[finished]] = _PLAIN
-                    self._handle[ids[finished]] = 0
+                self._books.frame[ids[finished]] = frames[finished]
+                guest.in_pool[self._books.local(guest, ids[finished])] = True
+                with self._books.lock:
+                    self._books.phase[ids[finished]] = PLAIN
+                    self._books.handle[ids[finished]] = 0
                 self._wake(guest)
         return done
 
     def _settle(self, ids: Ids) -> None:
         """End the flight of pages that were not remapped: a nominated one keeps its handle, others are let go."""
-        with self._lock:
-            flying = ids[self._phase[ids] == _IN_FLIGHT]
-            again = flying[self._handle[flying] != 0]
-            loose = np.unique(flying[self._handle[flying] == 0])
-            self._phase[again] = _NOMINATED
-            self._phase[loose] = _PLAIN
-        for guest, rows in self._by_guest(loose):
+        with self._books.lock:
+            flying = ids[self._books.phase[ids] == IN_FLIGHT]
+            again = flying[self._books.handle[flying] != 0]
+            loose = np.unique(flying[self._books.handle[flying] == 0])
+            self._books.phase[again] = NOMINATED
+            self._books.phase[loose] = PLAIN
+        for guest, rows in self._books.by_guest(loose):
             if not guest.dead:
-                guest.unprotect(self._local(guest, loose[rows]))
-        for guest, _ in self._by_guest(again):
+                guest.unprotect(self._books.local(guest, loose[rows]))
+        for guest, _ in self._books.by_guest(again):
             self._wake(guest)
 
     def _wake(self, guest: Attachment) -> None:
@@ -867,13 +638,13 @@ class QemuHypervisor:
         """Give back the memory of those of these frames that nobody reads; returns how many."""
         if not len(frames):
             return 0
-        holders = np.flatnonzero(np.isin(self._frame, frames))
-        read = np.unique(self._frame[holders[self._on_frame(holders)]])
+        holders = np.flatnonzero(np.isin(self._books.frame, frames))
+        read = np.unique(self._books.frame[holders[self._books.on_frame(holders)]])
         unread = frames[~np.isin(frames, read)]
         punched = 0
-        for books, _, numbers in self._by_pool(unread):
+        for books, _, numbers in self._books.by_pool(unread):
             books.handles[numbers] = books.sums[numbers] = 0
-            if self._whole(books):
+            if self._books.whole(books):
                 books.pool.punch(numbers)
                 punched += len(numbers)
         return punched
@@ -883,39 +654,39 @@ class QemuHypervisor:
     def unshare_gfns(self, pages: PageArray) -> Statuses:
         """As the seam says. A page on a frame gets anonymous memory of its own; a nomination is taken back."""
         self._check_watch()
-        ids, statuses = self._ids(pages)
+        ids, statuses = self._books.ids(pages)
         good = np.unique(ids[statuses == Status.OK])
-        for guest, _ in self._by_guest(good):
+        for guest, _ in self._books.by_guest(good):
             self._settle_books(guest)
         self._take_back(good)
-        shared = good[self._on_frame(good)]
+        shared = good[self._books.on_frame(good)]
         self._make_private(shared)
-        left = shared[self._frame[shared] != _NOWHERE]
-        left = left[self._on_frame(left)]
+        left = shared[self._books.frame[shared] != NOWHERE]
+        left = left[self._books.on_frame(left)]
         statuses[np.isin(ids, left)] = Status.ENOMEM
         return statuses
 
     def _take_back(self, ids: Ids) -> None:
-        with self._lock:
-            nominated = ids[self._phase[ids] == _NOMINATED]
-            self._phase[nominated] = _PLAIN
-            self._handle[nominated] = 0
-        for guest, rows in self._by_guest(nominated):
+        with self._books.lock:
+            nominated = ids[self._books.phase[ids] == NOMINATED]
+            self._books.phase[nominated] = PLAIN
+            self._books.handle[nominated] = 0
+        for guest, rows in self._books.by_guest(nominated):
             if not guest.dead:
-                guest.unprotect(self._local(guest, nominated[rows]))
+                guest.unprotect(self._books.local(guest, nominated[rows]))
 
     def _make_private(self, ids: Ids) -> None:
         """Give pages (ascending, distinct, not nominated) anonymous memory of their own, and unread frames back to
         the host. Stops where the host has no memory left; what was done shows in ``_frame``."""
-        frames = np.unique(self._frame[ids])
-        for guest, rows in self._by_guest(ids):
+        frames = np.unique(self._books.frame[ids])
+        for guest, rows in self._books.by_guest(ids):
             if guest.session is None:
                 self.control(guest.domid, True)
             for start in range(0, len(rows), BATCH_PAGES):
                 some = rows[start : start + BATCH_PAGES]
                 if not self._move(guest, ids[some]):
                     break
-        self._punch_unread(frames[frames != _NOWHERE])
+        self._punch_unread(frames[frames != NOWHERE])
 
     def _move(self, guest: Attachment, ids: Ids) -> bool:
         # One table's worth; returns whether to go on.
@@ -926,10 +697,10 @@ class QemuHypervisor:
             return self._move_at_once(guest, ids)
 
     def _move_at_once(self, guest: Attachment, ids: Ids) -> bool:
-        local = self._local(guest, ids)
+        local = self._books.local(guest, ids)
         moved = 0
-        with self._lock:
-            self._phase[ids] = _IN_FLIGHT
+        with self._books.lock:
+            self._books.phase[ids] = IN_FLIGHT
         try:
             guest.protect(local)
             # Not before: a guest may write to a page that was empty, and what it wrote would not be copied.
@@ -939,14 +710,14 @@ class QemuHypervisor:
         except HostMemoryError:
             return False
         except (NoSuchDomainError, ConnectionLostError) as error:
-            self._note_end(guest, error)
+            self._books.note_end(guest, error)
             return False
         finally:
             done = ids[:moved]
-            self._frame[done] = _NOWHERE
+            self._books.frame[done] = NOWHERE
             guest.in_pool[local[:moved]] = False
-            with self._lock:
-                self._phase[done] = _PLAIN
+            with self._books.lock:
+                self._books.phase[done] = PLAIN
             if not guest.dead:
                 self._settle(ids)
                 self._wake(guest)
@@ -955,41 +726,41 @@ class QemuHypervisor:
     def release_zero_pages(self, pages: PageArray, handles: Handles) -> Statuses:
         """As the seam says: the page is dropped, and the next read finds the kernel's zero page."""
         self._check_watch()
-        ids, statuses = self._ids(pages)
+        ids, statuses = self._books.ids(pages)
         statuses[statuses == Status.EINVAL] = Status.S_HANDLE_INVALID
         good = np.flatnonzero(statuses == Status.OK)
         mine = ids[good]
-        shared = self._on_frame(mine)
-        frame_handles = self._frame_handles(mine, shared)
-        with self._lock:
+        shared = self._books.on_frame(mine)
+        frame_handles = self._books.frame_handles(mine, shared)
+        with self._books.lock:
             valid = self._valid(mine, handles[good], shared, frame_handles)
             valid &= np.isin(np.arange(len(mine)), np.unique(mine, return_index=True)[1])  # a page that comes twice
             statuses[good[~valid]] = Status.S_HANDLE_INVALID
             nominated = np.sort(mine[valid & ~shared])
-            self._phase[nominated] = _IN_FLIGHT
+            self._books.phase[nominated] = IN_FLIGHT
         held = self._hold(np.sort(mine[valid & shared]))
         everything = np.sort(np.concatenate([nominated, held]))
-        frames = np.unique(self._frame[everything])
+        frames = np.unique(self._books.frame[everything])
         released: list[Ids] = []
         try:
-            for guest, rows in self._by_guest(everything):
+            for guest, rows in self._books.by_guest(everything):
                 some = everything[rows]
-                local = self._local(guest, some)
+                local = self._books.local(guest, some)
                 guest.split_huge_pages(local)
-                emptied = guest.map_nothing(local, self._frame[some] == _NOWHERE)
+                emptied = guest.map_nothing(local, self._books.frame[some] == NOWHERE)
                 done = some[:emptied]
-                self._frame[done] = _NOWHERE
+                self._books.frame[done] = NOWHERE
                 guest.in_pool[local[:emptied]] = False
-                with self._lock:
-                    self._phase[done] = _PLAIN
-                    self._handle[done] = 0
+                with self._books.lock:
+                    self._books.phase[done] = PLAIN
+                    self._books.handle[done] = 0
                 self._wake(guest)
                 released.append(done)
         except (NoSuchDomainError, ConnectionLostError) as error:
-            self._note_end(guest, error)
+            self._books.note_end(guest, error)
         finally:
             self._settle(everything)
-        self._punch_unread(frames[frames != _NOWHERE])
+        self._punch_unread(frames[frames != NOWHERE])
         out = np.concatenate([*released, np.empty(0, dtype=np.int64)])
         statuses[good[valid & ~np.isin(mine, out)]] = Status.ENOMEM
         return statuses
@@ -1002,14 +773,14 @@ class QemuHypervisor:
         :param domid: one guest, or all that sharing is enabled on.
         :returns: how many frames were given back.
         """
-        chosen = [guest for guest in self._guests if not guest.dead and domid in (None, guest.domid)]
+        chosen = [guest for guest in self._books.guests if not guest.dead and domid in (None, guest.domid)]
         for guest in chosen:
             self._settle_books(guest)
-            base = self._base[guest.domid - 1]
+            base = self._books.base[guest.domid - 1]
             ids = base + np.flatnonzero(guest.in_pool)
-            copied = ids[~self._on_frame(ids)]
-            with self._lock:
-                copied = copied[self._phase[copied] == _PLAIN]
+            copied = ids[~self._books.on_frame(ids)]
+            with self._books.lock:
+                copied = copied[self._books.phase[copied] == PLAIN]
             if len(copied) and (domid is not None or self._enabled[guest.domid - 1]):
                 self._make_private(copied)
         return self.punch_unread()
@@ -1017,48 +788,15 @@ class QemuHypervisor:
     def punch_unread(self) -> int:
         """Give every frame that nobody reads back to the host; returns how many had memory."""
         return sum(
-            self._punch_unread((number << _POOL_SHIFT) + books.pool.backed_frames())
-            for number, books in enumerate(self._pools)
-            if self._whole(books)
+            self._punch_unread((number << POOL_SHIFT) + books.pool.backed_frames())
+            for number, books in enumerate(self._books.pools)
+            if self._books.whole(books)
         )
-
-    def _whole(self, books: _PoolBooks) -> bool:
-        """Whether every QEMU that reads a pool, or may be about to, is one that we have a session with: only then may
-        frames be added or given back.
-
-        It stays so while the sessions last: a memshr finds a pool only in a guest that it has in hand. Judged anew
-        whenever there are other sessions than before.
-        """
-        attached = frozenset(guest.domid for guest in self._guests if guest.session is not None)
-        if books.judged_for != attached:
-            ours = {self._guests[domid - 1].process.pid for domid in attached}
-            books.whole = not any(
-                self._may_read(process, books.pool) for process in find_guests() if process.pid not in ours
-            )
-            books.judged_for = attached
-        return books.whole
-
-    @staticmethod
-    def _may_read(process: GuestProcess, pool: FramePool) -> bool:
-        try:
-            # A table that a dead memshr has left may be about to map any pool.
-            if is_in_session(process.pid) and holder_of(process.pid) is None:
-                return True
-            return bool((process.mappings().inode == pool.inode).any())
-        except OSError:
-            return process.running
 
     def _settle_books(self, guest: Attachment) -> None:
         """Have a session with a guest that has ever been shared, so that nobody else changes it under our books."""
         if guest.session is None and not guest.dead and (guest.in_pool.any() or guest.has_agent):
             self.control(guest.domid, True)
-
-    def _look_again(self) -> None:
-        # At guests without a session somebody else may be at work: there are no beliefs about them, only looks.
-        for guest in self._guests:
-            if guest.session is None and not guest.dead:
-                with contextlib.suppress(NoSuchDomainError):
-                    self._rebuild(guest)
 
     def unshare_guest(self, domid: DomId) -> int:
         """Give every page of a guest back its own memory, in large pieces that can be huge pages again.
@@ -1067,12 +805,12 @@ class QemuHypervisor:
         :raises HostMemoryError: the host has no room for it (nothing was done), or ran out half-way.
         """
         self.control(domid, True)
-        guest = self._guest(domid, "unshare_guest")
-        base = int(self._base[domid - 1])
+        guest = self._books.guest(domid, "unshare_guest")
+        base = int(self._books.base[domid - 1])
         everything = np.arange(base, base + guest.pages)
         self._take_back(everything)
         in_pool = np.flatnonzero(guest.in_pool)
-        shared = int(self._on_frame(base + in_pool).sum())
+        shared = int(self._books.on_frame(base + in_pool).sum())
         needed = len(in_pool) * PAGE_SIZE
         available = pagemap.host_available_bytes()
         if available - needed < self._reserve_bytes:
@@ -1084,13 +822,13 @@ class QemuHypervisor:
                 domid=domid,
                 remedy="free memory, or end another guest first",
             )
-        frames = np.unique(self._frame[base + in_pool])
+        frames = np.unique(self._books.frame[base + in_pool])
         for window in self._windows(guest, in_pool):
             if not self._move(guest, base + window):
                 break
         self._punch_unread(frames)
         if guest.in_pool.any():
-            self._guest(domid, "unshare_guest")
+            self._books.guest(domid, "unshare_guest")
             raise HostMemoryError(
                 f"guest {guest.process.name} has {int(guest.in_pool.sum())} pages left that are not its own",
                 call="unshare_guest",
@@ -1117,7 +855,7 @@ class QemuHypervisor:
         :raises HostMemoryError: as unshare_guest.
         """
         self.unshare_guest(domid)
-        guest = self._guest(domid, "detach")
+        guest = self._books.guest(domid, "detach")
         assert guest.session is not None
         assert self._watch is not None
         self._watch.remove(guest.session.uffd)
@@ -1126,143 +864,23 @@ class QemuHypervisor:
 
     def enlisted(self, domid: DomId) -> GuestProcess:
         """The process behind a domid."""
-        return self._guest(domid, "enlisted").process
-
-    def _figures(self, guest: Attachment) -> GuestFigures:
-        base = int(self._base[guest.domid - 1])
-        in_pool = np.flatnonzero(guest.in_pool)
-        sharing = int(self._on_frame(base + in_pool).sum()) if len(in_pool) else 0
-        if not len(in_pool) and not guest.process.running:
-            guest.dead = True
-        if guest.dead:
-            raise guest.gone()
-        return GuestFigures(
-            domid=guest.domid,
-            name=guest.process.name,
-            pid=guest.process.pid,
-            group=self._groups[guest.domid - 1],
-            ram_pages=guest.pages,
-            sharing_pages=sharing,
-            copied_pages=len(in_pool) - sharing,
-            nominated_pages=int((self._phase[base : base + guest.pages] == _NOMINATED).sum()),
-            absent_pages=0,
-            mappings_left=guest.mappings_left,
-        )
+        return self._books.guest(domid, "enlisted").process
 
     def guest_figures(self, domid: DomId) -> GuestFigures:
         """What one guest shares; reads the pagemap of all its RAM."""
-        guest = self._guest(domid, "guest_figures")
-        figures = self._figures(guest)
-        entries = guest.entries(np.arange(guest.pages))
-        absent = ~pagemap.is_there(entries) | guest.pagemap.zero_pages(entries)
-        guest.count_mappings()
-        return dataclasses.replace(
-            figures, absent_pages=int((absent & ~guest.in_pool).sum()), mappings_left=guest.mappings_left
-        )
+        return self._books.guest_figures(domid)
 
     def pool_figures(self) -> list[PoolFigures]:
         """The frame pools of the guests."""
-        _, frames = self._readers()
-        found = []
-        for number, books in enumerate(self._pools):
-            mine = frames[frames >> _POOL_SHIFT == number]
-            found.append(PoolFigures(books.pool.group, len(np.unique(mine)), len(mine), books.pool.backed_bytes))
-        return found
-
-    # -- the books -------------------------------------------------------------------------------------------------
+        return self._books.pool_figures()
 
     def counters(self) -> Counters:
         """As the seam says; costs a look at the pagemap of every shared page."""
-        self._look_again()
-        _, frames = self._readers()
-        used = len(np.unique(frames))
-        nominated = int((self._phase == _NOMINATED).sum())
-        return Counters(freed_pages=len(frames) - used, used_frames=used + nominated)
+        return self._books.counters()
 
     def audit(self) -> AuditReport:
-        """Check what this object believes against what the kernel says, in both directions.
-
-        maps and pagemap of every guest are read anew: a page that we think is on a frame and maps does not show there,
-        and the other way round (I3); frames of a foreign trust group (I10); frames whose contents are no longer what
-        was shared (I8); a nominated page that is on a frame (I5). ``xen_errors`` counts the findings that Xen's own
-        walk, from reverse map to p2m, would have counted.
-        """
-        self._look_again()
-        findings: list[AuditFinding] = []
-        xen_errors = 0
-        for guest in self._guests:
-            if guest.dead:
-                continue
-            try:
-                mapped, foreign = self._mapped_frames(guest)
-            except NoSuchDomainError:
-                continue
-            findings += foreign
-            base = int(self._base[guest.domid - 1])
-            believed = self._frame[base : base + guest.pages]
-            for page in np.flatnonzero(mapped != believed).tolist():
-                xen_errors += int(believed[page] != _NOWHERE)
-                findings.append(self._finding("I3", base + page, int(believed[page]), int(mapped[page])))
-            own = self._groups[guest.domid - 1]
-            for number in np.unique(mapped[mapped != _NOWHERE] >> _POOL_SHIFT).tolist():
-                if self._pools[number].pool.group != own:
-                    page = base + int(np.flatnonzero(mapped >> _POOL_SHIFT == number)[0])
-                    domid, gfn = self._place(page)
-                    findings.append(
-                        AuditFinding(
-                            "I10",
-                            domid,
-                            gfn,
-                            Mfn(int(mapped[page - base])),
-                            f"frames of trust group {own}",
-                            f"frames of trust group {self._pools[number].pool.group}",
-                            "the group was changed while pages were shared; unshare the guest",
-                        )
-                    )
-        ids, frames = self._readers()
-        with self._lock:
-            both = ids[self._phase[ids] == _NOMINATED]
-        for page in both.tolist():
-            domid, gfn = self._place(page)
-            findings.append(
-                AuditFinding(
-                    "I5", domid, gfn, Mfn(int(self._frame[page])), "one handle", "two", "nominated while on a frame"
-                )
-            )
-        changed = self._changed_frames(np.unique(frames))
-        findings += changed
-        return AuditReport(tuple(findings), xen_errors + len(changed))
-
-    def _finding(self, invariant: str, page: int, believed: int, mapped: int) -> AuditFinding:
-        domid, gfn = self._place(page)
-        words = [f"frame {each:#x}" if each != _NOWHERE else "no frame" for each in (believed, mapped)]
-        mfn = Mfn(believed if believed != _NOWHERE else mapped)
-        cause = "somebody else remapped guest memory, or memshr lost count"
-        return AuditFinding(invariant, domid, gfn, mfn, words[0], words[1], cause)
-
-    def _changed_frames(self, frames: NDArray[np.int64]) -> list[AuditFinding]:
-        findings = []
-        for start in range(0, len(frames), len(self._buffer)):
-            some = frames[start : start + len(self._buffer)]
-            for books, rows, numbers in self._by_pool(some):
-                contents = self._buffer[: len(rows)]
-                books.pool.read(numbers, contents)
-                sums = self._sums(contents)
-                known = books.sums[numbers]
-                books.sums[numbers] = np.where(known == 0, sums, known)
-                findings += [
-                    AuditFinding(
-                        "I8",
-                        None,
-                        None,
-                        Mfn(frame),
-                        "the contents that were shared",
-                        "other contents",
-                        "somebody wrote into the frame pool, or memory is faulty",
-                    )
-                    for frame in some[rows[(known != 0) & (known != sums)]].tolist()
-                ]
-        return findings
+        """Check what this object believes against what the kernel says; see ``GuestBooks.audit``."""
+        return self._books.audit()
 
     def _check_watch(self) -> None:
         if self._watch is not None and self._watch.failure is not None:
@@ -1331,16 +949,3 @@ def _one(domid: DomId, gfn: Gfn) -> PageArray:
 
 def _of_domain(statuses: Statuses) -> NDArray[np.bool_]:
     return np.asarray((statuses == Status.ESRCH) | (statuses == Status.EPERM))
-
-
-def _group_of_each(processes: Sequence[GuestProcess], groups: Mapping[str, Collection[str]]) -> list[str]:
-    names = [process.name for process in processes]
-    found: dict[str, str] = {}
-    for group, members in groups.items():
-        for member in members:
-            if member not in names:
-                raise NoSuchDomainError(f"group {group} names {member}, which is no guest here")
-            if member in found:
-                raise BackendError(f"guest {member} is in two trust groups, {found[member]} and {group}")
-            found[member] = group
-    return [found.get(process.name, f"guest {process.name} {process.pid}") for process in processes]

@@ -78,7 +78,7 @@ class PairChange:
 class Comparison:
     """What changed between two estimates; every figure counts pages, but ``mappings``.
 
-    * ``totals``: figures of TOTALS, and ``achievable_pages`` (``saved_pages`` of ``achievable``) if both have it.
+    * ``totals``: figures of TOTALS, and ``achievable_pages`` (``saved_pages`` of ``achievable``) if both have that.
     * ``domains``: those in both, in the order of the second estimate; ``new`` and ``gone``: names of the others.
     * ``pairs``: of the domains in both, those with a change, the greatest first.
     * ``remarks``: why the two may not be comparable, in words.
@@ -139,6 +139,8 @@ def _pair_changes(
     old: Mapping[DomainKey, DomainEstimate],
     new: Mapping[DomainKey, DomainEstimate],
 ) -> tuple[PairChange, ...]:
+    if before.method.sample is not None or after.method.sample is not None:
+        return ()  # a sample knows nothing of pairs
     both = old.keys() & new.keys()
     contents: dict[frozenset[DomainKey], list[int]] = {}
     for place, (estimate, domains) in enumerate(((before, old), (after, new))):

@@ -26,6 +26,9 @@ from memshr.types import PAGE_SIZE
 MATRIX_DOMAINS = 48
 """Domains that the matrix shows: those with the most in common. The CSV has all."""
 
+BARS_SHOWN = 60
+"""Domains that have a bar: the largest. The table has all."""
+
 PAIRS_SHOWN = 12
 WIDTHS = {"wide": 920, "narrow": 340}
 """Each plot of bars is drawn for a screen and for a telephone; the style shows one of them."""
@@ -56,6 +59,7 @@ def page(estimate: Estimate) -> str:
         figures=figures,
         parts=parts,
         copies=copies,
+        bars_shown=BARS_SHOWN,
         domain_key=_domain_key(estimate),
         palette=html_charts.PALETTE,
         style=Markup(style),  # these two are files of ours
@@ -223,7 +227,11 @@ def _domain_key(estimate: Estimate) -> list[tuple[str, str]]:
 def _domain_bars(estimate: Estimate, unit: Unit) -> list[Bar]:
     scale = PAGE_SIZE / unit.size_bytes
     rows = []
+    largest = sorted(estimate.domains, key=lambda domain: -domain.total_pages)[:BARS_SHOWN]
+    shown = {domain.domid for domain in largest}
     for domain in estimate.domains:
+        if domain.domid not in shown:
+            continue
         name = printable(domain.name)
         segments = tuple(
             Segment(colour, pages * scale, f"{name}\n{what}: {_Figures.plain(pages)}, {pages:,} pages")

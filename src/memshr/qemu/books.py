@@ -1,0 +1,483 @@
+"""The books of running guests: what the kernel says of their pages, and the little that nobody but us can know.
+
+Who is on which frame is known to the kernel alone, because it does copy-on-write without telling anybody. So these
+books keep as little as they can and ask for the rest:
+
+* ``frame``: the frame that is mapped at each page, as /proc/PID/maps says; rebuilt from there at every start (I11).
+  Whether the page still *is* the frame, or already the guest's own copy, is read from the pagemap whenever it matters.
+* ``phase`` and ``handle``: which pages are nominated, and in flight. They live and die with this process: handles are
+  names of versions, and nobody can know what happened to a page while nobody watched. ``lock`` is held to change them.
+
+Pages of all guests are in one count, their *ids*; ``hypervisor`` changes these books, nobody else does.
+
+Frame numbers (mfn) are ``pool << 32 | frame`` with the pool's place in ``pools``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memshr.errors import BackendError, InvariantError, MemshrError, NoSuchDomainError, Status
+from memshr.hypervisor import error_of
+from memshr.qemu import pagemap
+from memshr.qemu.agent import is_in_session
+from memshr.qemu.attachment import Attachment
+from memshr.qemu.guests import GuestProcess, find_guests
+from memshr.qemu.lock import holder_of
+from memshr.qemu.pool import FramePool
+from memshr.types import (
+    PAGE_SIZE,
+    AuditFinding,
+    AuditReport,
+    Counters,
+    DomId,
+    Gfn,
+    Handles,
+    Mfn,
+    PageArray,
+    PageBytes,
+    Statuses,
+)
+
+Ids = NDArray[np.int64]
+"""pages of all guests in one count: those of the first guest, then those of the second, ..."""
+
+POOL_SHIFT: Final = 32
+NOWHERE: Final = -1
+_FIRST_HANDLE: Final = 2
+PLAIN, NOMINATED, IN_FLIGHT = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFigures:
+    """What one guest shares, as the kernel says. Pages.
+
+    ``sharing_pages`` lie on a frame; ``copied_pages`` lie in a pool's mapping but were written since, so they cost a
+    mapping (``fold_back`` mends it); ``absent_pages`` cost the host nothing: never touched, or given back as zeros.
+    """
+
+    domid: DomId
+    name: str
+    pid: int
+    group: str
+    ram_pages: int
+    sharing_pages: int
+    copied_pages: int
+    nominated_pages: int
+    absent_pages: int
+    mappings_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFigures:
+    """One frame pool. ``used_frames`` are read by somebody, ``backed_bytes`` is what the host spends on it."""
+
+    group: str
+    used_frames: int
+    sharing_pages: int
+    backed_bytes: int
+
+
+class PoolBooks:
+    """A pool with what is known of each of its frames: its handle and the sum of its contents (0: none)."""
+
+    def __init__(self, pool: FramePool) -> None:
+        self.pool = pool
+        self.whole = False
+        """see GuestBooks.whole, which judges; right for the guests in ``judged_for``"""
+        self.judged_for: frozenset[DomId] | None = None
+        self.handles = np.zeros(0, dtype=np.uint64)
+        self.sums = np.zeros(0, dtype=np.uint64)
+        self.grow()
+
+    def grow(self) -> None:
+        """Make room for every frame number that was given out."""
+        missing = self.pool.frames - len(self.handles)
+        if missing > 0:
+            room = np.zeros(max(missing, len(self.handles)), dtype=np.uint64)
+            self.handles = np.concatenate([self.handles, room])
+            self.sums = np.concatenate([self.sums, room])
+
+
+class GuestBooks:
+    """The books of some guests, who get the domids 1, 2, ... in this order.
+
+    :param groups: name of a trust group -> names of its guests.
+    :raises NoSuchDomainError: a guest has ended, or ``groups`` names one that is not there.
+    :raises BackendError: a guest's monitor cannot be used.
+    """
+
+    def __init__(self, processes: Sequence[GuestProcess], groups: Mapping[str, Collection[str]]) -> None:
+        self.guests: list[Attachment] = []
+        self.pools: list[PoolBooks] = []
+        self.lock = threading.Lock()
+        try:
+            for number, process in enumerate(processes, start=1):
+                self.guests.append(Attachment(DomId(number), process))
+            self.groups = _group_of_each(processes, groups)
+            self.base = np.concatenate([[0], np.cumsum([guest.pages for guest in self.guests])]).astype(np.int64)
+            total = int(self.base[-1])
+            self.frame = np.full(total, NOWHERE, dtype=np.int64)
+            self.phase = np.zeros(total, dtype=np.uint8)
+            self.handle = np.zeros(total, dtype=np.uint64)
+            self._next_handle = _FIRST_HANDLE
+            self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
+            self._weights += np.uint64(1)
+            self._buffer = np.empty((512, PAGE_SIZE), dtype=np.uint8)
+            for guest in self.guests:
+                self.rebuild(guest)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End every session and close every file."""
+        for guest in self.guests:
+            guest.close()
+        for pool in self.pools:
+            pool.pool.close()
+        self.guests, self.pools = [], []
+
+    # -- the truth of the host ----------------------------------------------------------------------------------------
+
+    def rebuild(self, guest: Attachment) -> None:
+        """Read from maps which frame is mapped at each page of a guest."""
+        base = int(self.base[guest.domid - 1])
+        frames, findings = self._mapped_frames(guest)
+        if findings:
+            raise InvariantError("; ".join(str(finding) for finding in findings))
+        self.frame[base : base + guest.pages] = frames
+        guest.in_pool[:] = frames != NOWHERE
+        self.give_frame_handles(frames[guest.in_pool])  # older, and so smaller, than any that is yet to come
+
+    def _mapped_frames(self, guest: Attachment) -> tuple[NDArray[np.int64], list[AuditFinding]]:
+        frames = np.full(guest.pages, NOWHERE, dtype=np.int64)
+        findings = []
+        known: dict[int, int] = {books.pool.inode: number for number, books in enumerate(self.pools)}
+        for mapped in guest.pool_mappings():
+            sample = mapped.sample
+            number = known.get(sample.inode)
+            if number is None:
+                try:
+                    pool = FramePool.adopt(guest.process.pid, sample)
+                except OSError as error:
+                    raise guest.gone() from error
+                if pool is None:
+                    findings.append(
+                        AuditFinding(
+                            "I10",
+                            guest.domid,
+                            None,
+                            None,
+                            "frame pools that memshr made",
+                            f"a mapping at {sample.start:#x} that only calls itself a pool of {mapped.group}",
+                            "the guest's QEMU pretends to share",
+                        )
+                    )
+                    continue
+                number = len(self.pools)
+                known[pool.inode] = number
+                self.pools.append(PoolBooks(pool))
+            pages = guest.pages_of_hvas(mapped.hvas)
+            inside = pages >= 0
+            frames[pages[inside]] = (number << POOL_SHIFT) + mapped.frames[inside]
+        return frames, findings
+
+    def on_frame(self, ids: Ids) -> NDArray[np.bool_]:
+        """Which pages are on a frame now, by the pagemap. The pages of guests that have ended are not."""
+        found = np.asarray(self.frame[ids] != NOWHERE)
+        mapped = np.flatnonzero(found)
+        for guest, rows in self.by_guest(ids[mapped]):
+            some = mapped[rows]
+            try:
+                found[some] = pagemap.on_frame(guest.entries(self.local(guest, ids[some])))
+            except NoSuchDomainError:
+                found[some] = False
+        return found
+
+    def readers(self) -> tuple[Ids, NDArray[np.int64]]:
+        """Every page that is on a frame now, and its frame."""
+        ids = np.flatnonzero(self.frame != NOWHERE)
+        ids = ids[self.on_frame(ids)]
+        return ids, self.frame[ids]
+
+    def by_guest(self, ids: Ids) -> list[tuple[Attachment, NDArray[np.int64]]]:
+        # Each guest that has some of these pages, with the rows of ``ids`` that are its.
+        row = np.searchsorted(self.base, ids, side="right") - 1
+        return [(self.guests[int(each)], np.flatnonzero(row == each)) for each in np.unique(row)]
+
+    def local(self, guest: Attachment, ids: Ids) -> NDArray[np.int64]:
+        return np.asarray(ids - self.base[guest.domid - 1])
+
+    def guest(self, domid: int, call: str) -> Attachment:
+        if 0 < domid <= len(self.guests) and not self.guests[domid - 1].dead:
+            return self.guests[domid - 1]
+        raise error_of(call, Status.EPERM if domid == 0 else Status.ESRCH, domid=domid)
+
+    def ids(self, pages: PageArray) -> tuple[Ids, Statuses]:
+        """The ids of pages (-1 where there is none), and ESRCH, EPERM or EINVAL for those."""
+        ids = np.full(len(pages), -1, dtype=np.int64)
+        statuses = np.full(len(pages), Status.ESRCH, dtype=np.int32)
+        statuses[pages.domids == 0] = Status.EPERM
+        for domid in np.unique(pages.domids).tolist():
+            if not 0 < domid <= len(self.guests) or self.guests[domid - 1].dead:
+                continue
+            rows = np.flatnonzero(pages.domids == domid)
+            local = self.guests[domid - 1].pages_of_gfns(pages.gfns[rows])
+            ids[rows] = np.where(local >= 0, local + self.base[domid - 1], -1)
+            statuses[rows] = np.where(local >= 0, Status.OK, Status.EINVAL)
+        return ids, statuses
+
+    def note_end(self, guest: Attachment, error: MemshrError) -> None:
+        # A guest that has ended is left out from now on; one that lives but does not answer is the caller's to know.
+        if guest.process.running and not guest.dead:
+            raise error
+        guest.dead = True
+
+    def place(self, page: int) -> tuple[DomId, Gfn]:
+        guest = self.guests[int(np.searchsorted(self.base, page, side="right")) - 1]
+        return guest.domid, Gfn(int(guest.gfns_of_pages(np.array([page - self.base[guest.domid - 1]]))[0]))
+
+    # -- handles of frames --------------------------------------------------------------------------------------------
+
+    def new_handles(self, count: int) -> Handles:
+        first = self._next_handle
+        self._next_handle += count
+        return np.arange(first, first + count, dtype=np.uint64)
+
+    def give_frame_handles(self, frames: NDArray[np.int64]) -> Handles:
+        # A frame that was shared by an earlier memshr has no handle yet.
+        handles = np.zeros(len(frames), dtype=np.uint64)
+        for books, rows, numbers in self.by_pool(frames):
+            without = np.unique(numbers[books.handles[numbers] == 0])
+            books.handles[without] = self.new_handles(len(without))
+            handles[rows] = books.handles[numbers]
+        return handles
+
+    def frame_handles(self, ids: Ids, shared: NDArray[np.bool_]) -> Handles:
+        handles = np.zeros(len(ids), dtype=np.uint64)
+        mapped = np.flatnonzero(shared)
+        for books, rows, numbers in self.by_pool(self.frame[ids[mapped]]):
+            handles[mapped[rows]] = books.handles[numbers]
+        return handles
+
+    def by_pool(self, frames: NDArray[np.int64]) -> list[tuple[PoolBooks, NDArray[np.int64], NDArray[np.int64]]]:
+        # Each pool that has some of these frames, with the rows of ``frames`` that are its and their numbers in it.
+        pools = frames >> POOL_SHIFT
+        found = []
+        for number in np.unique(pools).tolist():
+            rows = np.flatnonzero(pools == number)
+            self.pools[number].grow()
+            found.append((self.pools[number], rows, frames[rows] & ((1 << POOL_SHIFT) - 1)))
+        return found
+
+    # -- pools --------------------------------------------------------------------------------------------------------
+
+    def on_foreign_frame(self, ids: Ids) -> NDArray[np.bool_]:
+        # Which pages are on frames of a group that their guest is not in (any more): these get no new sharers.
+        frames = self.frame[ids]
+        pools = np.where(frames == NOWHERE, len(self.pools), frames >> POOL_SHIFT)
+        guests = np.searchsorted(self.base, ids, side="right") - 1
+        groups = np.array([*(books.pool.group for books in self.pools), ""])
+        foreign = np.asarray((frames != NOWHERE) & (groups[pools] != np.array(self.groups)[guests]))
+        some = np.flatnonzero(foreign)
+        foreign[some] = self.on_frame(ids[some])
+        return foreign
+
+    def sums(self, contents: PageBytes) -> NDArray[np.uint64]:
+        # A sum with secret odd weights: any change of a page changes it, and nobody can plan one that does not.
+        words = contents.reshape(len(contents), PAGE_SIZE).view(np.uint64)
+        mixed = words ^ (words >> np.uint64(32))
+        return np.asarray((mixed * self._weights).sum(axis=1, dtype=np.uint64)) | np.uint64(1)
+
+    def whole(self, books: PoolBooks) -> bool:
+        """Whether every QEMU that reads a pool, or may be about to, is one that we have a session with: only then may
+        frames be added or given back.
+
+        It stays so while the sessions last: a memshr finds a pool only in a guest that it has in hand. Judged anew
+        whenever there are other sessions than before.
+        """
+        attached = frozenset(guest.domid for guest in self.guests if guest.session is not None)
+        if books.judged_for != attached:
+            ours = {self.guests[domid - 1].process.pid for domid in attached}
+            books.whole = not any(
+                self._may_read(process, books.pool) for process in find_guests() if process.pid not in ours
+            )
+            books.judged_for = attached
+        return books.whole
+
+    @staticmethod
+    def _may_read(process: GuestProcess, pool: FramePool) -> bool:
+        try:
+            # A table that a dead memshr has left may be about to map any pool.
+            if is_in_session(process.pid) and holder_of(process.pid) is None:
+                return True
+            return bool((process.mappings().inode == pool.inode).any())
+        except OSError:
+            return process.running
+
+    def look_again(self) -> None:
+        # At guests without a session somebody else may be at work: there are no beliefs about them, only looks.
+        for guest in self.guests:
+            if guest.session is None and not guest.dead:
+                with contextlib.suppress(NoSuchDomainError):
+                    self.rebuild(guest)
+
+    # -- figures ------------------------------------------------------------------------------------------------------
+
+    def figures(self, guest: Attachment) -> GuestFigures:
+        base = int(self.base[guest.domid - 1])
+        in_pool = np.flatnonzero(guest.in_pool)
+        sharing = int(self.on_frame(base + in_pool).sum()) if len(in_pool) else 0
+        if not len(in_pool) and not guest.process.running:
+            guest.dead = True
+        if guest.dead:
+            raise guest.gone()
+        return GuestFigures(
+            domid=guest.domid,
+            name=guest.process.name,
+            pid=guest.process.pid,
+            group=self.groups[guest.domid - 1],
+            ram_pages=guest.pages,
+            sharing_pages=sharing,
+            copied_pages=len(in_pool) - sharing,
+            nominated_pages=int((self.phase[base : base + guest.pages] == NOMINATED).sum()),
+            absent_pages=0,
+            mappings_left=guest.mappings_left,
+        )
+
+    def guest_figures(self, domid: DomId) -> GuestFigures:
+        """What one guest shares; reads the pagemap of all its RAM."""
+        guest = self.guest(domid, "guest_figures")
+        figures = self.figures(guest)
+        entries = guest.entries(np.arange(guest.pages))
+        absent = ~pagemap.is_there(entries) | guest.pagemap.zero_pages(entries)
+        guest.count_mappings()
+        return dataclasses.replace(
+            figures, absent_pages=int((absent & ~guest.in_pool).sum()), mappings_left=guest.mappings_left
+        )
+
+    def pool_figures(self) -> list[PoolFigures]:
+        """The frame pools of the guests."""
+        _, frames = self.readers()
+        found = []
+        for number, books in enumerate(self.pools):
+            mine = frames[frames >> POOL_SHIFT == number]
+            found.append(PoolFigures(books.pool.group, len(np.unique(mine)), len(mine), books.pool.backed_bytes))
+        return found
+
+    # -- audit --------------------------------------------------------------------------------------------------------
+
+    def counters(self) -> Counters:
+        """As the seam says; costs a look at the pagemap of every shared page."""
+        self.look_again()
+        _, frames = self.readers()
+        used = len(np.unique(frames))
+        nominated = int((self.phase == NOMINATED).sum())
+        return Counters(freed_pages=len(frames) - used, used_frames=used + nominated)
+
+    def audit(self) -> AuditReport:
+        """Check what this object believes against what the kernel says, in both directions.
+
+        maps and pagemap of every guest are read anew: a page that we think is on a frame and maps does not show there,
+        and the other way round (I3); frames of a foreign trust group (I10); frames whose contents are no longer what
+        was shared (I8); a nominated page that is on a frame (I5). ``xen_errors`` counts the findings that Xen's own
+        walk, from reverse map to p2m, would have counted.
+        """
+        self.look_again()
+        findings: list[AuditFinding] = []
+        xen_errors = 0
+        for guest in self.guests:
+            if guest.dead:
+                continue
+            try:
+                mapped, foreign = self._mapped_frames(guest)
+            except NoSuchDomainError:
+                continue
+            findings += foreign
+            base = int(self.base[guest.domid - 1])
+            believed = self.frame[base : base + guest.pages]
+            for page in np.flatnonzero(mapped != believed).tolist():
+                xen_errors += int(believed[page] != NOWHERE)
+                findings.append(self._finding("I3", base + page, int(believed[page]), int(mapped[page])))
+            own = self.groups[guest.domid - 1]
+            for number in np.unique(mapped[mapped != NOWHERE] >> POOL_SHIFT).tolist():
+                if self.pools[number].pool.group != own:
+                    page = base + int(np.flatnonzero(mapped >> POOL_SHIFT == number)[0])
+                    domid, gfn = self.place(page)
+                    findings.append(
+                        AuditFinding(
+                            "I10",
+                            domid,
+                            gfn,
+                            Mfn(int(mapped[page - base])),
+                            f"frames of trust group {own}",
+                            f"frames of trust group {self.pools[number].pool.group}",
+                            "the group was changed while pages were shared; unshare the guest",
+                        )
+                    )
+        ids, frames = self.readers()
+        with self.lock:
+            both = ids[self.phase[ids] == NOMINATED]
+        for page in both.tolist():
+            domid, gfn = self.place(page)
+            findings.append(
+                AuditFinding(
+                    "I5", domid, gfn, Mfn(int(self.frame[page])), "one handle", "two", "nominated while on a frame"
+                )
+            )
+        changed = self._changed_frames(np.unique(frames))
+        findings += changed
+        return AuditReport(tuple(findings), xen_errors + len(changed))
+
+    def _finding(self, invariant: str, page: int, believed: int, mapped: int) -> AuditFinding:
+        domid, gfn = self.place(page)
+        words = [f"frame {each:#x}" if each != NOWHERE else "no frame" for each in (believed, mapped)]
+        mfn = Mfn(believed if believed != NOWHERE else mapped)
+        cause = "somebody else remapped guest memory, or memshr lost count"
+        return AuditFinding(invariant, domid, gfn, mfn, words[0], words[1], cause)
+
+    def _changed_frames(self, frames: NDArray[np.int64]) -> list[AuditFinding]:
+        findings = []
+        for start in range(0, len(frames), len(self._buffer)):
+            some = frames[start : start + len(self._buffer)]
+            for books, rows, numbers in self.by_pool(some):
+                contents = self._buffer[: len(rows)]
+                books.pool.read(numbers, contents)
+                sums = self.sums(contents)
+                known = books.sums[numbers]
+                books.sums[numbers] = np.where(known == 0, sums, known)
+                findings += [
+                    AuditFinding(
+                        "I8",
+                        None,
+                        None,
+                        Mfn(frame),
+                        "the contents that were shared",
+                        "other contents",
+                        "somebody wrote into the frame pool, or memory is faulty",
+                    )
+                    for frame in some[rows[(known != 0) & (known != sums)]].tolist()
+                ]
+        return findings
+
+
+def _group_of_each(processes: Sequence[GuestProcess], groups: Mapping[str, Collection[str]]) -> list[str]:
+    names = [process.name for process in processes]
+    found: dict[str, str] = {}
+    for group, members in groups.items():
+        for member in members:
+            if member not in names:
+                raise NoSuchDomainError(f"group {group} names {member}, which is no guest here")
+            if member in found:
+                raise BackendError(f"guest {member} is in two trust groups, {found[member]} and {group}")
+            found[member] = group
+    return [found.get(process.name, f"guest {process.name} {process.pid}") for process in processes]
