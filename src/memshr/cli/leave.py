@@ -8,7 +8,7 @@ import click
 
 from memshr.backends import open_guests, select_guests
 from memshr.cli.options import as_json, guests, print_json, reserve_mib
-from memshr.cli.session import mib
+from memshr.cli.session import mib, not_to_be_stopped
 
 
 @click.command(short_help="Give guests all their own pages back.")
@@ -33,7 +33,7 @@ def detach(guests: tuple[str, ...], reserve_mib: int, as_json: bool) -> None:
 
 
 def _undo(sources: Sequence[str], reserve_bytes: int, *, detach: bool) -> Iterator[tuple[str, int]]:
-    with open_guests(select_guests(sources), reserve_bytes=reserve_bytes) as hypervisor:
+    with not_to_be_stopped(), open_guests(select_guests(sources), reserve_bytes=reserve_bytes) as hypervisor:
         for info in hypervisor.domains():
             shared = hypervisor.guest_figures(info.domid).sharing_pages
             if detach:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -40,6 +41,22 @@ def run_session(
     trusted = trust_groups(domains, groups, lambda: secrets.randbits(SEED_BITS))
     with _session_progress() as progress:
         return share(hypervisor, trusted, wait=time.sleep, options=options, progress=progress)
+
+
+@contextmanager
+def not_to_be_stopped() -> Iterator[None]:
+    """Ctrl-Z, and the terminal's stopping of jobs in the background, do nothing meanwhile.
+
+    A guest that writes to a nominated page waits for this process to let it go on, which a stopped process does not.
+    Ctrl-C goes on working. (SIGSTOP cannot be caught.)
+    """
+    signals = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+    before = [signal.signal(each, signal.SIG_IGN) for each in signals]
+    try:
+        yield
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import click
 
 from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_xen, select_domains, select_guests
 from memshr.cli.options import huge_pages, huge_share, print_json, reserve_mib, sharing_options
-from memshr.cli.session import exit_with, mib, print_report, run_session
+from memshr.cli.session import exit_with, mib, not_to_be_stopped, print_report, run_session
 from memshr.errors import RefusedDomainError
 from memshr.sharing.groups import trust_groups
 from memshr.sharing.session import SharingOptions
@@ -91,9 +91,12 @@ def _share_guests(
 
     willing = _willing(processes)
     before_bytes = host_available_bytes()
-    with open_guests(
-        willing, groups=lambda domains: group_names(groups, domains), reserve_bytes=reserve_bytes
-    ) as hypervisor:
+    with (
+        not_to_be_stopped(),
+        open_guests(
+            willing, groups=lambda domains: group_names(groups, domains), reserve_bytes=reserve_bytes
+        ) as hypervisor,
+    ):
         report = run_session(hypervisor, groups, options)
         hypervisor.fold_back()
         figures = [hypervisor.guest_figures(info.domid) for info in hypervisor.domains()]
