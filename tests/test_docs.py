@@ -1,5 +1,6 @@
 """Documents tell the truth: every example prints what it says, and the tables name what is there."""
 
+import doctest
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ DOCUMENTS = [path for path in (PROJECT / "README.md", *sorted((PROJECT / "docs")
 HEADER = Path("/usr/include/xenctrl.h")
 
 CTL = [example for path in DOCUMENTS for example in examples(path) if example.kind == "memshr-ctl"]
+PYTHON = [path for path in DOCUMENTS if "```python\n>>> " in path.read_text()]
 CONSOLE = [path for path in DOCUMENTS if any(example.kind == "console" for example in examples(path))]
 
 
@@ -48,6 +50,19 @@ def test_console_examples_print_what_the_document_says(path: Path, tmp_path: Pat
                 check=False,
             )
             assert matches(example.printed, done.stdout.splitlines()), f"{example} prints\n{done.stdout}"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.name)
+def test_python_examples_answer_what_the_document_says(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(>>> .*?)^```$", path.read_text(), re.M | re.S)
+    session = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, path.name, str(path), 0)
+    complaints: list[str] = []
+    outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session, out=complaints.append)
+    assert outcome.attempted >= len(blocks) > 0
+    assert outcome.failed == 0, "".join(complaints)
 
 
 @pytest.mark.parametrize(

@@ -432,3 +432,14 @@ def test_progress_ends_where_it_said() -> None:
 def test_options_that_make_no_sense(options: dict[str, int]) -> None:
     with pytest.raises(MemshrError):
         EstimateOptions(**options)  # type: ignore[arg-type]
+
+
+def test_arrow_tables_have_the_figures_of_the_json() -> None:
+    found = estimate(Memory("a", [1, 1, 2, 0]), Memory("b", [1, 2]), groups=["all"])
+    plain = found.to_dict()
+    tables = found.to_arrow()
+    assert {name: table.to_pylist() for name, table in tables.items()} == {
+        name: plain[name] for name in ("domains", "pairs", "contents", "copies", "groups")
+    }
+    empty = estimate().to_arrow()["domains"]
+    assert (empty.num_rows, empty.column_names[:2]) == (0, ["domid", "name"])

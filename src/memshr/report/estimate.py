@@ -234,6 +234,25 @@ class Estimate:
         """The estimate in plain dicts, lists, strings and numbers: what ``--json`` prints."""
         return {"schema": SCHEMA, "version": VERSION, **_plain(self)}
 
+    def to_arrow(self) -> dict[str, Any]:
+        """The parts that are lists, as Arrow tables: ``domains``, ``pairs``, ``contents``, ``copies``, ``groups``.
+
+        A table has the keys of the JSON as columns, and a row for each object.
+
+        :raises MemshrError: pyarrow is not installed.
+        """
+        try:
+            import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415  # it has no types; it is large
+        except ImportError as error:
+            raise MemshrError("pyarrow is not installed", remedy="pip install 'memshr[arrow]'") from error
+        plain = self.to_dict()
+        return {
+            name: pyarrow.table(
+                {field.name: [row[field.name] for row in plain[name]] for field in dataclasses.fields(record)}
+            )
+            for name, record in _TABLES.items()
+        }
+
     @classmethod
     def from_dict(cls, plain: object) -> Self:
         """The estimate that ``to_dict`` made ``plain`` of.
@@ -263,6 +282,15 @@ class Estimate:
         ):
             if unknown := named - known:
                 raise _wrong(key, f"names domid {min(unknown)}, which is in no domain")
+
+
+_TABLES: dict[str, type] = {
+    "domains": DomainEstimate,
+    "pairs": PairEstimate,
+    "contents": Content,
+    "copies": CopiesBand,
+    "groups": GroupEstimate,
+}
 
 
 def read_estimate(path: str | os.PathLike[str]) -> Estimate:

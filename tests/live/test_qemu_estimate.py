@@ -1,0 +1,50 @@
+"""``memshr estimate`` of running guests: what an exact count says, and nothing done to them."""
+
+from pathlib import Path
+
+from guests.linux import LinuxGuest
+from guests.pages import backed_pages, count_pages
+from memshr import estimate
+from memshr.procfs import ProcessMemory
+
+MOST_PAGES_OUTSIDE = 2000
+
+Pair = tuple[LinuxGuest, LinuxGuest]
+
+
+def test_an_estimate_is_what_an_exact_count_says(guest_pair: Pair) -> None:
+    for guest in guest_pair:
+        guest.pause()
+    try:
+        exact = count_pages([backed_pages(guest.pid) for guest in guest_pair])
+        found = estimate([f"qemu:{guest.pid}" for guest in guest_pair], groups=["all"], interval_s=0)
+    finally:
+        for guest in guest_pair:
+            guest.resume()
+    # The count has QEMU's copies of firmware and tables besides the guests' RAM: small, and most of it zeros.
+    outside = exact.total_pages - (found.total_pages - found.absent_pages)
+    assert 0 <= outside < MOST_PAGES_OUTSIDE
+    saved_pages = found.saved_pages + found.dropped["max_sharers"]
+    assert exact.saved_pages - outside <= saved_pages <= exact.saved_pages
+    assert exact.zero_pages - outside <= found.zero_pages <= exact.zero_pages
+    assert found.inter_pages > 0
+    assert found.dropped["volatile"] == 0
+    assert [domain.kind for domain in found.domains] == ["qemu", "qemu"]
+    assert found.achievable is not None
+    assert found.achievable.huge_pages_known
+
+
+def test_an_estimate_leaves_running_guests_alone(guest_pair: Pair) -> None:
+    def threads_and_files(pid: int) -> tuple[int, list[str]]:
+        with ProcessMemory(pid) as memory:
+            files = sorted({mapping.path for mapping in memory.mappings() if "memshr" in mapping.path})
+        return len(list(Path(f"/proc/{pid}/task").iterdir())), files
+
+    before = [threads_and_files(guest.pid) for guest in guest_pair]
+    sources = [*(f"qemu:{guest.pid}" for guest in guest_pair), f"pid:{guest_pair[0].pid}"]
+    found = estimate(sources, groups=["all"], interval_s=0.2)
+    assert found.dropped["volatile"] > 0  # they rewrite their memory all the time
+    assert [domain.kind for domain in found.domains][-1] == "process"
+    assert [threads_and_files(guest.pid) for guest in guest_pair] == before
+    for guest in guest_pair:
+        guest.wait_rounds(1, ("files", "checker"))
