@@ -1,8 +1,10 @@
 """Which guests memshr touches, which it leaves alone and why, and what it leaves behind."""
 
+import ctypes
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from guests.machine import Machine
 from guests.peculiar import PECULIARITIES, ram_mapping
+from guests.qtest import QtestGuest
 from live.parts import needed_parts
 from live.qemu_host import QtestHost, booted, process_of
 from memshr.errors import BackendError, NoSuchDomainError, RefusedDomainError
@@ -18,6 +21,9 @@ from memshr.qemu.guests import find_guests, inspect_process, memory_layout, refu
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.status import status_of
 from memshr.types import PAGE_SIZE, DomId, Gfn, PageArray
+
+CLONE_NEWPID = 0x20000000
+"""sched.h"""
 
 REFUSED = {
     "shared-ram": "shared memory",
@@ -144,6 +150,41 @@ def test_second_memshr_is_told_who_is_at_work(qemu: Path) -> None:
         )
         assert done.returncode != 0
         assert f"process {os.getpid()} " in done.stderr
+
+
+def test_qemu_in_a_pid_namespace_of_its_own(qemu: Path) -> None:
+    """As in a container: QEMU's threads have other numbers there than the host knows them by."""
+
+    def boot() -> QtestGuest:
+        # Of a thread only the children to come are in the new namespace (unshare(2), CLONE_NEWPID).
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWPID):
+            raise OSError(ctypes.get_errno(), "unshare")
+        return QtestGuest("contained", qemu).boot()
+
+    with ThreadPoolExecutor(1) as outside:  # which lives as long as the guest: it is the guest's parent
+        guest = outside.submit(boot).result()
+        try:
+            assert Path(f"/proc/{guest.pid}/status").read_text().split("NSpid:")[1].split()[:2][1] == "1"
+            threads_before = threads_of(guest)
+            for round_ in (1, 2):
+                guest.write(0x400 * PAGE_SIZE, bytes([round_]) * 2 * PAGE_SIZE)
+                with QemuHypervisor([process_of(guest)]) as hypervisor:
+                    pages = PageArray.of_domain(DomId(1), np.array([0x400, 0x401]))
+                    handles, _ = hypervisor.nominate_gfns(pages)
+                    assert not hypervisor.share_gfns_many(pages[:1], handles[:1], pages[1:], handles[1:]).any()
+                assert threads_of(guest) == threads_before + 1, "one agent, however often"
+            with QemuHypervisor([process_of(guest)]) as hypervisor:
+                hypervisor.detach(DomId(1))
+            assert threads_of(guest) == threads_before
+            assert "memfd:memshr" not in Path(f"/proc/{guest.pid}/maps").read_text()
+            assert guest.read(0x400 * PAGE_SIZE, 1) == bytes([2])
+        finally:
+            guest.kill()
+
+
+def threads_of(guest: QtestGuest) -> int:
+    """How many threads QEMU has."""
+    return len(list(Path(f"/proc/{guest.pid}/task").iterdir()))
 
 
 def test_guest_without_qmp_says_how_to_give_it_one(qemu: Path) -> None:

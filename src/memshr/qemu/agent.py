@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -300,7 +300,7 @@ class ControlArea:
         """
         found = None
         for control in cls.find_all(pid):
-            if found is None and Path(f"/proc/{pid}/task/{control.get(TID_AT, '<i')[0]}").exists():
+            if found is None and control.thread_lives(pid):
                 found = control
             else:
                 control.close()
@@ -335,6 +335,15 @@ class ControlArea:
                 control.close()
         return found
 
+    def thread_lives(self, pid: int) -> bool:
+        """Whether the agent's thread is there, in the QEMU that we know as ``pid``.
+
+        The thread has noted its number as QEMU's own PID namespace counts (gettid(2)), which is another than ours if
+        QEMU lives in a container: proc(5), NSpid.
+        """
+        (tid,) = self.get(TID_AT, "<i")
+        return tid != 0 and any(number == tid for number in _threads_inside(pid))
+
     @property
     def data_address(self) -> int:
         """Where QEMU has its data."""
@@ -367,6 +376,18 @@ class ControlArea:
         del self._bytes
         with contextlib.suppress(BufferError):
             self.memory.close()
+
+
+def _threads_inside(pid: int) -> Iterator[int]:
+    # The numbers that the threads of a process have in its own PID namespace.
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        for line in lines:
+            if line.startswith("NSpid:"):
+                yield int(line.split()[-1])
 
 
 def is_in_session(pid: int) -> bool:
@@ -595,11 +616,10 @@ class Session:
         """
         slots = [slot for slot in self.control.get(_SLOTS_AT, f"<{SLOTS}i") if slot >= 0]
         calls = [*((syscalls.NR_CLOSE, slot) for slot in slots), (syscalls.NR_EXIT, 0)]
-        (tid,) = self.control.get(TID_AT, "<i")
         self._post(entries(calls, results=[0] * len(calls)))
         # Not the end of our stream: a paused QEMU keeps its own descriptor of the socket until it runs.
         end = time.monotonic() + ANSWER_DEADLINE_S
-        while Path(f"/proc/{pid}/task/{tid}").exists():
+        while self.control.thread_lives(pid):
             if time.monotonic() > end:
                 self._withdraw()
             time.sleep(0.001)

@@ -387,8 +387,7 @@ class Attachment:
             control.close()
         for each in ControlArea.find_all(pid):
             try:
-                (tid,) = each.get(agent.TID_AT, "<i")
-                if tid and Path(f"/proc/{pid}/task/{tid}").exists():
+                if each.thread_lives(pid):
                     with self.process.monitor() as monitor:
                         Session.open(pid, self.pidfd, name, each, monitor).end_agent(pid)
                 agent.uninstall(pid, each)
