@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from memshr.domainsource import DomainSource
 from memshr.embedded import EmbeddedHypervisor
-from memshr.errors import MemshrError, NoSuchDomainError, UnsupportedError
+from memshr.errors import BackendError, MemshrError, NoSuchDomainError, UnsupportedError
 from memshr.hypervisor import Hypervisor
 from memshr.images import MemoryImage, open_image
 from memshr.images.process import ProcessSource
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from memshr.xen import XenHypervisor
 
 EMBEDDED = "embedded:"
+EVERY_GUEST = "qemu:all"
 
 
 def _prefix(source: str) -> str | None:
@@ -175,11 +176,14 @@ def select_domains(hypervisor: XenHypervisor, sources: Sequence[str]) -> list[Do
 
 
 @contextlib.contextmanager
-def open_sources(sources: Sequence[str], *, format: str | None = None) -> Iterator[list[list[Subject]]]:
+def open_sources(
+    sources: Sequence[str], *, format: str | None = None, notice: Callable[[str], None] = lambda _: None
+) -> Iterator[list[list[Subject]]]:
     """What ``sources`` name, opened for an estimate: images and live memory of any kind, read in place.
 
     :param sources: paths, ``pid:N``, ``qemu:...``, ``xen:...``, in any mixture.
     :param format: read images as this format; None: detect it.
+    :param notice: told, in one line each, of guests of ``qemu:all`` that cannot be reached and are left out.
     :returns: the subjects of each source; a domain or process that several sources name is in the first only.
     :raises MemshrError: a source cannot be opened, or an image or process is named twice.
     """
@@ -195,7 +199,7 @@ def open_sources(sources: Sequence[str], *, format: str | None = None) -> Iterat
         pids = [source for source in sources if _prefix(source) == "pid"]
         if twice := [source for source in pids if pids.count(source) > 1]:
             raise MemshrError(f"{twice[0]} is named twice", remedy="name each process once")
-        guests = _guest_subjects(stack, [source for source in sources if _prefix(source) == "qemu"])
+        guests = _guest_subjects(stack, [source for source in sources if _prefix(source) == "qemu"], notice)
         domains = _domain_subjects(stack, [source for source in sources if _prefix(source) == "xen"])
         opened: list[list[Subject]] = []
         for number, source in enumerate(sources):
@@ -222,11 +226,15 @@ def _pid_of(source: str) -> int:
     return int(number)
 
 
-def _guest_subjects(stack: contextlib.ExitStack, sources: Sequence[str]) -> dict[str, list[Subject]]:
+def _guest_subjects(
+    stack: contextlib.ExitStack, sources: Sequence[str], notice: Callable[[str], None]
+) -> dict[str, list[Subject]]:
     # The guests that each source names, all of them under one hypervisor.
     if not sources:
         return {}
     found = {source: select_guests([source]) for source in dict.fromkeys(sources)}
+    if EVERY_GUEST in found:
+        found[EVERY_GUEST] = _reachable(found[EVERY_GUEST], notice)
     processes = {process.pid: process for each in found.values() for process in each}
     hypervisor = stack.enter_context(open_guests(list(processes.values())))
     domids = {hypervisor.enlisted(info.domid).pid: info.domid for info in hypervisor.domains()}
@@ -239,6 +247,22 @@ def _guest_subjects(stack: contextlib.ExitStack, sources: Sequence[str]) -> dict
             for domid in ours
         ]
     return subjects
+
+
+def _reachable(processes: Sequence[GuestProcess], notice: Callable[[str], None]) -> list[GuestProcess]:
+    # Those whose monitor answers; if that is none, the first one's error is the answer.
+    reachable, errors = [], []
+    for process in processes:
+        try:
+            process.monitor().close()
+            reachable.append(process)
+        except BackendError as error:
+            errors.append(error)
+    if errors and not reachable:
+        raise errors[0]
+    for each in errors:
+        notice(f"left out: {each}")
+    return reachable
 
 
 def _domain_subjects(stack: contextlib.ExitStack, sources: Sequence[str]) -> dict[str, list[Subject]]:

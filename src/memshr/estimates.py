@@ -29,6 +29,7 @@ def estimate(
     against: Sequence[str | os.PathLike[str]] = (),
     threads: int | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> Estimate:
     """What sharing would save. Reads only.
 
@@ -45,6 +46,7 @@ def estimate(
     :param against: files whose pages are looked for among the contents that save most.
     :param threads: None: one for each core.
     :param progress: called now and then, by any thread.
+    :param notice: told, in one line each, of guests of ``qemu:all`` that cannot be reached and are left out.
     :raises MemshrError: a source cannot be read, changed although it is no live one, or ended; or the options make no
         sense.
 
@@ -64,7 +66,7 @@ def estimate(
     sampling = None if sample is None else SampleOptions(denominator_of(sample), seed)
     named = [os.fspath(source) for source in sources if isinstance(source, str | os.PathLike)]
     with contextlib.ExitStack() as stack:
-        opened = iter(stack.enter_context(backends.open_sources(named, format=format)))
+        opened = iter(stack.enter_context(backends.open_sources(named, format=format, notice=notice)))
         subjects: list[Subject] = []
         for source in sources:
             if isinstance(source, str | os.PathLike):

@@ -1,10 +1,15 @@
 """``memshr estimate`` of running guests: what an exact count says, and nothing done to them."""
 
+import socket
 from pathlib import Path
+
+import pytest
 
 from guests.linux import LinuxGuest
 from guests.pages import backed_pages, count_pages
+from live.qemu_host import booted
 from memshr import estimate
+from memshr.errors import ConnectionLostError
 from memshr.procfs import ProcessMemory
 
 MOST_PAGES_OUTSIDE = 2000
@@ -48,3 +53,16 @@ def test_an_estimate_leaves_running_guests_alone(guest_pair: Pair) -> None:
     assert [threads_and_files(guest.pid) for guest in guest_pair] == before
     for guest in guest_pair:
         guest.wait_rounds(1, ("files", "checker"))
+
+
+def test_a_guest_that_cannot_be_reached_is_left_out_of_all(qemu: Path) -> None:
+    with booted(qemu, "open", "held") as guests, socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(guests[1].qmp_path))  # QEMU serves one client at a time
+        notices: list[str] = []
+        found = estimate(["qemu:all"], interval_s=0, notice=notices.append)
+        names = [domain.name for domain in found.domains]
+        assert "open" in names
+        assert "held" not in names
+        assert [str(guests[1].qmp_path) in notice for notice in notices] == [True]
+        with pytest.raises(ConnectionLostError, match="busy"):
+            estimate([f"qemu:{guests[1].pid}"], interval_s=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,7 @@ def estimate(
             seed=seed,
             against=against,
             progress=progress,
+            notice=lambda line: print(f"memshr: {line}", file=sys.stderr),
         )
     write_reports(found, html_file=html_file, csv_file=csv_file)
     if as_json:
