@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from image_writers import XlCore, avml, cloud_hypervisor, firecracker, lime, vmware, write_files
+from memshr import estimate
 from memshr.images import FORMATS, MemoryImage, open_image
 from odd_cores import PAGE, Segment, core, pattern, write
 from odd_dumps import kdump, packed
@@ -84,6 +85,20 @@ def test_same_pages(tmp_path: Path, format_name: str, way: Callable[[Path], Path
     with open_image(way(tmp_path)) as image:
         assert image.format == format_name
         assert digests(image) == EXPECTED
+
+
+@pytest.mark.parametrize("way", [way for _, way in WAYS.values()], ids=WAYS)
+def test_same_estimate(tmp_path: Path, way: Callable[[Path], Path]) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    found = estimate([elf(tmp_path / "a"), way(tmp_path / "b")], groups=["all"])
+    ours, theirs = found.domains
+    figures = ("total_pages", "zero_pages", "unique_pages", "shared_pages", "intra_pages", "mappings")
+    assert [getattr(ours, name) for name in figures] == [getattr(theirs, name) for name in figures]
+    distinct = {digest for _, digest in EXPECTED} - {hashlib.sha256(bytes(PAGE)).hexdigest()}
+    assert (found.total_pages, found.zero_pages) == (2 * len(EXPECTED), 2 * 21)
+    assert found.saved_pages == 2 * len(EXPECTED) - len(distinct)
+    assert found.unique_pages == 0, "each content of one is in the other"
 
 
 def test_a_raw_image_has_the_same_contents_at_other_addresses(tmp_path: Path) -> None:
