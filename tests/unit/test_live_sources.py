@@ -18,7 +18,7 @@ from memshr.errors import ImageError, MemshrError, NoSuchDomainError
 from memshr.images.process import ProcessSource
 from memshr.procfs import ProcessMemory
 from memshr.sources import PageSource, PageState
-from memshr.types import PAGE_SIZE, DomId, Extent, Gfn
+from memshr.types import PAGE_SIZE, DomId, Extent, Gfn, PageArray
 
 
 @pytest.fixture
@@ -123,11 +123,14 @@ def test_a_process_that_ends_is_one_line(process: Child) -> None:
 
 @pytest.fixture
 def host() -> EmbeddedHypervisor:
-    """A domain of two ranges, with an unbacked page."""
+    """A domain of two ranges, with a zero page that was given back."""
     host = EmbeddedHypervisor()
     pages = np.arange(1, 11, dtype=np.uint64).repeat(PAGE_SIZE // 8).view(np.uint8).reshape(-1, PAGE_SIZE)
     extents = [Extent(Gfn(4), pages[:6].copy()), Extent(Gfn(100), pages[6:].copy())]
-    host.leave_unbacked(host.create_domain("one", extents=extents), np.array([5]))
+    extents[0].pages[1] = 0
+    page = PageArray.of_domain(host.create_domain("one", extents=extents), np.array([5]))
+    handles, _ = host.nominate_gfns(page)
+    assert not host.release_zero_pages(page, handles).any()
     return host
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from memshr import errors
-from memshr.embedded.columns import CHUNK_BITS, Spots
+from memshr.embedded.columns import CHUNK_BITS
 from memshr.embedded.fork import fill_from_parent
 from memshr.embedded.mem_sharing import Domain, MemSharing, PageTables
 from memshr.embedded.memory import MachineMemory
@@ -19,7 +19,7 @@ from memshr.embedded.p2m import HOLES, TYPE_BITS, TYPE_MASK, FrameExtent, P2m, e
 from memshr.embedded.shared_frames import NOWHERE, page_id
 from memshr.errors import Status
 from memshr.hypervisor import error_of
-from memshr.types import MAX_GFN_BITS, PAGE_SIZE, DomainInfo, DomainKind, DomId, Extent, Gfn, Gfns, GrantRef, P2mType
+from memshr.types import MAX_GFN_BITS, PAGE_SIZE, DomainInfo, DomainKind, DomId, Extent, Gfn, GrantRef, P2mType
 
 FIRST_RESERVED_DOMID = 0x7FF0
 SLACK_PAGES = 64
@@ -142,19 +142,6 @@ class Host:
     @staticmethod
     def _no_room(text: str) -> errors.HostMemoryError:
         return errors.HostMemoryError(f"create_domain: {text}", call="create_domain", status=Status.ENOMEM)
-
-    def leave_unbacked(self, domid: DomId, gfns: Gfns) -> None:
-        """Take the frames of these private pages away: they read as zeros and get a frame when they are written.
-
-        For a domain that is the copy of one whose host spends no memory on them.
-
-        :param gfns: shape ``(n,)``, each a page of private RAM of the domain.
-        """
-        domain = self._existing(domid, "leave_unbacked")
-        spots = Spots(gfns + page_id(domid, 0))
-        self.memory.free_many(self.books.entries.gather(spots) >> TYPE_BITS)
-        self.books.entries.scatter(spots, int(P2mType.RAM_POD))
-        domain.tot_pages -= len(gfns)
 
     def destroy_domain(self, domid: DomId) -> None:
         """Take a domain apart. Survivors keep the frames that they shared with it, and the handles.
