@@ -41,6 +41,9 @@ MOVED_PAGES: Final = 1024
 
 _HUGE_PAGES: Final = 512
 _HUGE_BYTES: Final = _HUGE_PAGES * PAGE_SIZE
+_ADVICE_GAP_BYTES: Final = 64 * PAGE_SIZE
+"""Mappings that are nearer than this get their flags back in one madvise. It looks at every mapping in between, of
+which there may be ten thousand in a guest: over a gap like this one that costs less than another call."""
 MAP_RESERVE: Final = 2048
 """Mappings that QEMU is left for itself."""
 
@@ -542,8 +545,8 @@ class Attachment:
                 self.count_mappings()
                 if growth > self._mappings_left:
                     break
-            advice = [row for start, length in self._hulls(batch) for row in self._advise(start, length, flags)]
             calls, ends = (batch, np.arange(1, len(batch) + 1)) if MAPPING_OVER_IS_SAFE else self._beside(batch, maps)
+            advice = self._advice_for(batch, flags, agent.TABLE_ENTRIES - len(calls))
             got = session.run(np.concatenate([calls, np.array(advice, dtype=np.uint64).reshape(-1, 8)]))
             self._mappings_left -= growth
             finished = int(np.searchsorted(ends, got, side="right"))
@@ -573,17 +576,25 @@ class Attachment:
         calls[moved, 5] = calls[moved, 7] = place
         return calls, ends
 
-    def _hulls(self, batch: NDArray[np.uint64]) -> list[tuple[int, int]]:
-        # (address, bytes) from the first to the last mapping of a batch, in each RAM range that it touches.
+    def _advice_for(self, batch: NDArray[np.uint64], flags: tuple[str, ...], most: int) -> list[list[int]]:
+        # At most ``most`` calls that put flags back onto the mappings of a batch.
+        gap_bytes = _ADVICE_GAP_BYTES
+        while True:
+            stretches = self._stretches(batch, gap_bytes)
+            advice = [row for start, length in stretches for row in self._advise(start, length, flags)]
+            if len(advice) <= most:
+                return advice
+            gap_bytes *= 2
+
+    def _stretches(self, batch: NDArray[np.uint64], gap_bytes: int) -> list[tuple[int, int]]:
+        # (address, bytes) of stretches of one RAM range that hold the mappings of a batch, with no larger gaps inside.
         starts = batch[:, 1].astype(np.int64)
         ends = starts + batch[:, 2].astype(np.int64)
         row = np.searchsorted(self._hva_starts, starts, side="right") - 1
-        hulls = []
-        for each in np.unique(row):
-            inside = row == each
-            low, high = int(starts[inside].min()), int(ends[inside].max())
-            hulls.append((low, high - low))
-        return hulls
+        gaps = starts[1:] - ends[:-1]
+        (breaks,) = np.nonzero((np.diff(row) != 0) | (gaps > gap_bytes))
+        firsts, lasts = starts[[0, *(breaks + 1)]], ends[[*breaks, -1]]
+        return list(zip(firsts.tolist(), (lasts - firsts).tolist(), strict=True))
 
     # -- memory of its own -----------------------------------------------------------------------------------------
 
