@@ -10,18 +10,23 @@ the picture. ``memshr.estimate`` is the call for programs and notebooks (docs/py
 from typing import TYPE_CHECKING, Any
 
 from memshr.errors import MemshrError
-from memshr.hypervisor import Capability, Hypervisor
 
 if TYPE_CHECKING:
     from memshr.estimates import estimate
+    from memshr.hypervisor import Capability, Hypervisor
 
 __all__ = ["Capability", "Hypervisor", "MemshrError", "estimate"]
 
 
 def __getattr__(name: str) -> Any:
-    # When it is first asked for: it imports every mechanism, and most who import memshr want one thing of it.
+    # When it is first asked for: ``estimate`` imports every mechanism, and most who import memshr want one thing of it;
+    # ``hypervisor`` imports numpy, which the injector (memshr.qemu) has no time for.
     if name == "estimate":
         from memshr.estimates import estimate  # noqa: PLC0415  # the reason is above
 
         return estimate
+    if name in {"Capability", "Hypervisor"}:
+        from memshr import hypervisor  # noqa: PLC0415  # the reason is above
+
+        return getattr(hypervisor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ import pytest
 
 from guests.qtest import QtestGuest
 from live.qemu_host import booted, process_of
-from memshr.qemu import agent
+from memshr.qemu import agent, control_area
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.injector import run_filter
 from memshr.types import DomId
@@ -23,14 +23,17 @@ KILLS = 25
 
 def killed_while_attaching(guest: QtestGuest, delay_s: float) -> bool:
     """Start the injector and kill it ``delay_s`` after it has prepared everything; returns whether it was in time."""
-    control = agent.ControlArea.create()
+    control = control_area.ControlArea.create()
     with process_of(guest).monitor() as monitor:
         number = monitor.add_descriptor(control.file)
         command = [sys.executable, "-m", "memshr.qemu.injector", "attach", str(guest.pid), str(number)]
         with subprocess.Popen(
             [*command, str(control.file)], pass_fds=[control.file], stdout=subprocess.PIPE
         ) as injector:
-            while not any(control.memory[agent.PARAMETERS : agent.PARAMETERS + 8]) and injector.poll() is None:
+            while (
+                not any(control.memory[control_area.PARAMETERS : control_area.PARAMETERS + 8])
+                and injector.poll() is None
+            ):
                 pass
             end = time.perf_counter() + delay_s
             while time.perf_counter() < end:

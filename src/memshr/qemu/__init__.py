@@ -2,7 +2,8 @@
 
 ``guests``      finds them, asks QEMU where their RAM lies, says why one must be left alone
 ``monitor``     QMP, with descriptors; ``libvirt_monitor`` the same through libvirt
-``agent``       the thread inside QEMU that remaps pages, and our end of it; ``injector`` puts it there
+``agent``       the thread inside QEMU that remaps pages, and our end of it; ``injector`` puts it there,
+                ``control_area`` is what both ends see
 ``pool``        the frames: one sealed memory file for each trust group
 ``protection``  userfaultfd: a write to a protected page is told to us and waits
 ``pagemap``     what the kernel says about each page

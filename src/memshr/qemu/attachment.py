@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from memshr.errors import BackendError, HostMemoryError, NoSuchDomainError, RefusedDomainError
 from memshr.procfs import Mapping, Mappings, process_mappings
-from memshr.qemu import agent, guests, pagemap, syscalls
-from memshr.qemu.agent import ControlArea, Session
+from memshr.qemu import agent, control_area, guests, pagemap, syscalls
+from memshr.qemu.agent import Session
+from memshr.qemu.control_area import ControlArea
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.pagemap import Pagemap
 from memshr.qemu.pool import FramePool, group_of, of_pools
@@ -221,11 +222,11 @@ class Attachment:
         """Contents of pages in any order, page i into row i of ``out``."""
         for start in range(0, len(pages), syscalls.IOV_MAX):
             some = pages[start : start + syscalls.IOV_MAX]
-            remote = np.empty(len(some), dtype=syscalls.IOVEC)
+            remote = np.empty(len(some), dtype=agent.IOVEC)
             remote["base"] = self.hvas[some]
             remote["length"] = PAGE_SIZE
             rows = out[start : start + len(some)]
-            local = np.array([(rows.ctypes.data, rows.nbytes)], dtype=syscalls.IOVEC)
+            local = np.array([(rows.ctypes.data, rows.nbytes)], dtype=agent.IOVEC)
             try:
                 got = syscalls.process_vm_readv(self.process.pid, local, remote)
             except OSError as error:
@@ -422,8 +423,7 @@ class Attachment:
         try:
             if not session.features & syscalls.UFFD_FEATURE_WP_UNPOPULATED:
                 self._touch(pages)
-            for start, length in self._runs(pages):
-                syscalls.userfaultfd_write_protect(session.uffd, start, length, True)
+            syscalls.userfaultfd_write_protect(session.uffd, self._runs(pages), True)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -436,9 +436,9 @@ class Attachment:
     def unprotect(self, pages: Pages) -> None:
         """Let writers of these pages go on."""
         session = self.working_session()
-        for start, length in self._runs(pages):
+        for run in self._runs(pages):
             try:
-                syscalls.userfaultfd_write_protect(session.uffd, start, length, False)
+                syscalls.userfaultfd_write_protect(session.uffd, [run], False)
             except OSError as error:
                 if error.errno != errno.ENOENT:  # a mapping of ours that is not registered has no protection to lift
                     raise self._failed(error) from error
@@ -467,7 +467,7 @@ class Attachment:
         """
         hvas = self.hvas[pages]
         chunks, at = np.unique(hvas >> 21, return_index=True)
-        pieces = np.zeros(len(chunks), dtype=syscalls.IOVEC)
+        pieces = np.zeros(len(chunks), dtype=agent.IOVEC)
         pieces["base"] = hvas[at]
         pieces["length"] = PAGE_SIZE
         for start in range(0, len(pieces), syscalls.IOV_MAX):
@@ -546,7 +546,7 @@ class Attachment:
                 if growth > self._mappings_left:
                     break
             calls, ends = (batch, np.arange(1, len(batch) + 1)) if MAPPING_OVER_IS_SAFE else self._beside(batch, maps)
-            advice = self._advice_for(batch, flags, agent.TABLE_ENTRIES - len(calls))
+            advice = self._advice_for(batch, flags, control_area.TABLE_ENTRIES - len(calls))
             got = session.run(np.concatenate([calls, np.array(advice, dtype=np.uint64).reshape(-1, 8)]))
             self._mappings_left -= growth
             finished = int(np.searchsorted(ends, got, side="right"))
@@ -629,8 +629,8 @@ class Attachment:
         copies, copied_bytes = self._fill_pieces(session, pages, filled, runs, places)
         if copies:
             control = session.control
-            local = control.code_address + agent.LOCAL_PIECES
-            remote = control.code_address + agent.REMOTE_PIECES
+            local = control.code_address + control_area.LOCAL_PIECES
+            remote = control.code_address + control_area.REMOTE_PIECES
             table.append(
                 [syscalls.NR_PROCESS_VM_READV, self._pid_inside(), local, copies, remote, copies, 0, copied_bytes]
             )
@@ -683,13 +683,13 @@ class Attachment:
         # there: the addresses are ours from the moment on that the agent was put in.
         session = self.working_session()
         side = session.control.side_address
-        inside = (side <= mappings.start) & (mappings.start < side + agent.SIDE_BYTES)
+        inside = (side <= mappings.start) & (mappings.start < side + control_area.SIDE_BYTES)
         left = [
             [syscalls.NR_MUNMAP, mapping.start, mapping.end - mapping.start, 0, 0, 0, 0, 0]
             for mapping in mappings.of(inside)
         ]
         if left:
-            session.run(np.array(left[: agent.TABLE_ENTRIES], dtype=np.uint64))
+            session.run(np.array(left[: control_area.TABLE_ENTRIES], dtype=np.uint64))
 
     def _pid_inside(self) -> int:
         # QEMU's own idea of its pid, which in a container is another.

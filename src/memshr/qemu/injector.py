@@ -28,10 +28,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from memshr.procfs import Mapping, process_mappings
-from memshr.qemu import agent, syscalls
+from memshr.qemu import control_area, syscalls
 from memshr.qemu.syscalls import Registers
 
 _SYSCALL_RETURN: Final = b"\x0f\x05\xc3"
@@ -149,9 +148,26 @@ def _signed(value: int) -> int:
 # -- looking for what is needed ----------------------------------------------------------------------------------------
 
 
-def _gadget(pid: int, mappings: Sequence[Mapping]) -> int:
+class _Mapping(NamedTuple):
+    start: int
+    end: int
+    permissions: str
+    path: str
+
+
+def _mappings(pid: int) -> list[_Mapping]:
+    # /proc/PID/maps, in order of address. Not procfs.process_mappings: see control_area on numpy.
+    found = []
+    for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").split("\n")[:-1]:
+        addresses, permissions, _, _, _, *path = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        found.append(_Mapping(start, end, permissions, "".join(path)))
+    return found
+
+
+def _gadget(pid: int, mappings: Sequence[_Mapping]) -> int:
     """Where some library of the process has ``syscall; ret``."""
-    executable = [each for each in mappings if each.executable and not each.shared and each.path != "[vsyscall]"]
+    executable = [each for each in mappings if each.permissions[2:] == "xp" and each.path != "[vsyscall]"]
     executable.sort(key=lambda each: ("libc" not in each.path, each.path != "[vdso]"))
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for mapping in executable:
@@ -162,12 +178,12 @@ def _gadget(pid: int, mappings: Sequence[Mapping]) -> int:
     raise Refused("its program has no instruction sequence to borrow", "nothing; report which QEMU it is")
 
 
-def _free_address(mappings: Sequence[Mapping]) -> int:
+def _free_address(mappings: Sequence[_Mapping]) -> int:
     """The middle of the largest hole between mappings, where nothing of its own will grow to."""
     gaps = [(after.start - before.end, before.end) for before, after in itertools.pairwise(mappings)]
     # The hole up to [vsyscall] lies in the kernel's half of the address space.
     size, start = max((size, start) for size, start in gaps if start + size < 1 << 47)
-    if size < 4 * (agent.SIDE_OFFSET + agent.SIDE_BYTES):
+    if size < 4 * (control_area.SIDE_OFFSET + control_area.SIDE_BYTES):
         raise Refused("its address space is full", "nothing; report which QEMU it is")
     return (start + size // 2) & ~0x1FFFFF
 
@@ -263,24 +279,24 @@ def _calculate(operation: int, left: int, right: int) -> int:
 # -- the two actions ---------------------------------------------------------------------------------------------------
 
 
-def attach(pid: int, number: int, control: agent.ControlArea) -> dict[str, object]:
+def attach(pid: int, number: int, control: control_area.ControlArea) -> dict[str, object]:
     """Map the control area, which QEMU has as descriptor ``number``, and make the agent thread."""
     _judge_seccomp(pid)
-    mappings = process_mappings(pid)
+    mappings = _mappings(pid)
     gadget, code_address = _gadget(pid, mappings), _free_address(mappings)
     control.code_address = code_address
-    sized = struct.pack("<3Q", control.data_address, agent.CONTROL_BYTES - agent.DATA, number)
-    control.memory[agent.PARAMETERS : agent.PARAMETERS + len(sized)] = sized
+    sized = struct.pack("<3Q", control.data_address, control_area.CONTROL_BYTES - control_area.DATA, number)
+    control.memory[control_area.PARAMETERS : control_area.PARAMETERS + len(sized)] = sized
 
     original, onward, started_ns = _stop_in_system_call(pid)
-    registers = struct.pack("<18Q", *(getattr(onward, name) for name in agent.REGISTER_ORDER))
-    control.memory[agent.PARAMETERS + 0x20 : agent.PARAMETERS + 0x20 + len(registers)] = registers
+    registers = struct.pack("<18Q", *(getattr(onward, name) for name in control_area.REGISTER_ORDER))
+    control.memory[control_area.PARAMETERS + 0x20 : control_area.PARAMETERS + 0x20 + len(registers)] = registers
     borrowed = Registers.from_buffer_copy(original)
     borrowed.orig_rax = 2**64 - 1
     borrowed.rip = gadget
     # SAFETY: below the red zone the stack belongs to nobody while the thread stands inside a system call.
     borrowed.rsp = (original.rsp - _RED_ZONE_BYTES - 64) & ~0xF
-    borrowed.rax, borrowed.rdi, borrowed.rsi = syscalls.NR_MMAP, code_address, agent.DATA
+    borrowed.rax, borrowed.rdi, borrowed.rsi = syscalls.NR_MMAP, code_address, control_area.DATA
     borrowed.rdx, borrowed.r8, borrowed.r9 = syscalls.PROT_READ | syscalls.PROT_EXEC, number, 0
     borrowed.r10 = syscalls.MAP_SHARED | syscalls.MAP_FIXED_NOREPLACE
     syscalls.ptrace_poke(pid, borrowed.rsp, code_address)
@@ -294,7 +310,7 @@ def attach(pid: int, number: int, control: agent.ControlArea) -> dict[str, objec
         raise Refused(f"QEMU cannot map the agent ({os.strerror(-mapped)})", "free some of its mappings or memory")
 
     end = time.monotonic() + _STOP_DEADLINE_S
-    while not (tid := control.get(agent.TID_AT, "<q")[0]):
+    while not (tid := control.get(control_area.TID_AT, "<q")[0]):
         if time.monotonic() > end:
             raise Refused("QEMU did not start the agent", "is the process stopped or frozen?")
         time.sleep(0.0002)
@@ -305,13 +321,13 @@ def attach(pid: int, number: int, control: agent.ControlArea) -> dict[str, objec
 
 def detach(pid: int, code_address: int) -> dict[str, object]:
     """Unmap the control area at ``code_address``; its thread has ended."""
-    mappings = process_mappings(pid)
+    mappings = _mappings(pid)
     gadget = _gadget(pid, mappings)
     original, onward, started_ns = _stop_in_system_call(pid)
     borrowed = Registers.from_buffer_copy(original)
     borrowed.orig_rax = 2**64 - 1
     borrowed.rip = gadget
-    borrowed.rax, borrowed.rdi, borrowed.rsi = syscalls.NR_MUNMAP, code_address, agent.CONTROL_BYTES
+    borrowed.rax, borrowed.rdi, borrowed.rsi = syscalls.NR_MUNMAP, code_address, control_area.CONTROL_BYTES
     syscalls.ptrace_set_registers(pid, borrowed)
     result = _finish_system_call(pid)
     syscalls.ptrace_set_registers(pid, onward)
@@ -338,7 +354,7 @@ def main(arguments: Sequence[str]) -> None:
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     action, pid, number, file = arguments[0], *map(int, arguments[1:])
-    control = agent.ControlArea(file)
+    control = control_area.ControlArea(file)
     try:
         answer = attach(pid, number, control) if action == "attach" else detach(pid, number)
     except Refused as refused:

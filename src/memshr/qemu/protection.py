@@ -27,6 +27,16 @@ SWITCH_INTERVAL_S: Final = 0.0002
 
 _MESSAGES: Final = 64
 
+_MESSAGE = np.dtype(
+    {
+        "names": ["event", "flags", "address"],
+        "formats": ["u1", "<u8", "<u8"],
+        "offsets": [0, 8, 16],
+        "itemsize": 32,
+    }
+)
+"""struct uffd_msg, as far as it is about page faults"""
+
 OnWrites = Callable[[int, NDArray[np.int64]], None]
 """Called with a uffd and the addresses of pages that writers wait at."""
 OnEnd = Callable[[int], None]
@@ -60,7 +70,7 @@ class WriteWatch:
         self._poll.unregister(uffd)
 
     def _run(self) -> None:
-        buffer = np.zeros(_MESSAGES, dtype=syscalls.UFFD_MESSAGE)
+        buffer = np.zeros(_MESSAGES, dtype=_MESSAGE)
         try:
             while True:
                 for uffd, events in self._poll.poll():
@@ -82,7 +92,7 @@ class WriteWatch:
             if error.errno in {errno.ESRCH, errno.EINVAL, errno.EBADF}:
                 return False
             raise
-        messages = buffer[: got // syscalls.UFFD_MESSAGE.itemsize]
+        messages = buffer[: got // _MESSAGE.itemsize]
         faults = messages[messages["event"] == syscalls.UFFD_EVENT_PAGEFAULT]
         if len(faults):
             self._on_writes(uffd, faults["address"].astype(np.int64))

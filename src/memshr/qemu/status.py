@@ -13,7 +13,7 @@ import numpy as np
 from memshr.errors import BackendError, NoSuchDomainError
 from memshr.procfs import Mapping
 from memshr.qemu import guests, pagemap
-from memshr.qemu.agent import MAPPED_CONTROL
+from memshr.qemu.control_area import MAPPED_CONTROL
 from memshr.qemu.guests import GuestProcess, Refusal
 from memshr.qemu.pool import group_of, of_pools
 from memshr.types import PAGE_SIZE

@@ -13,10 +13,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # -- numbers (asm/unistd_64.h); those that memshr has QEMU's agent call are listed by name because refusals need them --
 
@@ -87,16 +89,6 @@ _UFFDIO_WRITEPROTECT: Final = 0xC018AA06
 _UFFDIO_REGISTER_MODE_WP: Final = 2
 _UFFDIO_WRITEPROTECT_MODE_WP: Final = 1
 
-UFFD_MESSAGE = np.dtype(
-    {
-        "names": ["event", "flags", "address"],
-        "formats": ["u1", "<u8", "<u8"],
-        "offsets": [0, 8, 16],
-        "itemsize": 32,
-    }
-)
-"""struct uffd_msg, as far as it is about page faults"""
-
 # linux/ptrace.h
 PTRACE_CONT: Final = 7
 PTRACE_DETACH: Final = 17
@@ -116,11 +108,9 @@ _FUTEX_WAKE: Final = 1
 _FUTEX_WAKE_OP: Final = 5
 _FUTEX_OP_ANDN: Final = 3
 
+_IOVEC_BYTES: Final = 16
 IOV_MAX: Final = 1024
 """Most pieces in one vectored call (``linux/uio.h``, UIO_MAXIOV)."""
-
-IOVEC = np.dtype([("base", "<u8"), ("length", "<u8")])
-"""struct iovec (``linux/uio.h``)"""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -182,9 +172,9 @@ def pidfd_getfd(pidfd: int, number: int) -> int:
 def process_madvise(pidfd: int, pieces: NDArray[np.void], advice: int) -> int:
     """madvise on memory of another process; returns how many bytes were done.
 
-    :param pieces: shape ``(n <= IOV_MAX,)``, dtype IOVEC.
+    :param pieces: shape ``(n <= IOV_MAX,)``, an array of struct iovec.
     """
-    assert pieces.dtype == IOVEC
+    assert pieces.itemsize == _IOVEC_BYTES
     assert pieces.flags.c_contiguous
     return _syscall("process_madvise", NR_PROCESS_MADVISE, pidfd, pieces.ctypes.data, len(pieces), advice, 0)
 
@@ -192,7 +182,7 @@ def process_madvise(pidfd: int, pieces: NDArray[np.void], advice: int) -> int:
 def process_vm_readv(pid: int, local: NDArray[np.void], remote: NDArray[np.void]) -> int:
     """Copy from the memory of another process; returns how many bytes were copied, which may be fewer than asked for.
 
-    :param local: dtype IOVEC, ours; ``remote``: dtype IOVEC, theirs; at most IOV_MAX of each.
+    :param local: an array of struct iovec, ours; ``remote`` likewise, theirs; at most IOV_MAX of each.
     """
     # SAFETY: the caller built ``local`` from the addresses of arrays that it keeps alive over this call.
     got = _libc.process_vm_readv(pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0)
@@ -225,9 +215,13 @@ def punch_hole(file: int, offset: int, length_bytes: int) -> None:
 # -- userfaultfd -------------------------------------------------------------------------------------------------------
 
 
-def _ioctl(call: str, file: int, request: int, argument: NDArray[np.uint64]) -> None:
-    # SAFETY: every caller below passes an array of the size of the request's structure.
-    _checked(call, _libc.ioctl(file, request, argument.ctypes.data))
+_Words = ctypes.c_uint64 * 4
+"""the structures of userfaultfd's requests: three or four numbers"""
+
+
+def _ioctl(call: str, file: int, request: int, argument: ctypes.Array[ctypes.c_uint64]) -> None:
+    # SAFETY: no request of userfaultfd has a structure of more than four numbers.
+    _checked(call, _libc.ioctl(file, request, argument))
 
 
 def userfaultfd_api(uffd: int, features: int) -> int:
@@ -235,7 +229,7 @@ def userfaultfd_api(uffd: int, features: int) -> int:
 
     :raises OSError: EINVAL: the kernel lacks one of ``features``.
     """
-    argument = np.array([_UFFD_API, features, 0], dtype=np.uint64)
+    argument = _Words(_UFFD_API, features)
     _ioctl("UFFDIO_API", uffd, _UFFDIO_API, argument)
     return int(argument[1])
 
@@ -269,28 +263,26 @@ def userfaultfd_features() -> int:
 
 def userfaultfd_register(uffd: int, address: int, length_bytes: int) -> None:
     """Make a range of memory one that can be write-protected. Never asks for missing-page events."""
-    argument = np.array([address, length_bytes, _UFFDIO_REGISTER_MODE_WP, 0], dtype=np.uint64)
-    _ioctl("UFFDIO_REGISTER", uffd, _UFFDIO_REGISTER, argument)
+    _ioctl("UFFDIO_REGISTER", uffd, _UFFDIO_REGISTER, _Words(address, length_bytes, _UFFDIO_REGISTER_MODE_WP))
 
 
-def userfaultfd_write_protect(uffd: int, address: int, length_bytes: int, protect: bool) -> None:
-    """Protect a registered range against writing, or let writers go on (and wake those that wait)."""
-    mode = _UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
-    while True:
-        try:
-            argument = np.array([address, length_bytes, mode], dtype=np.uint64)
-            _ioctl("UFFDIO_WRITEPROTECT", uffd, _UFFDIO_WRITEPROTECT, argument)
-        except OSError as error:
+def userfaultfd_write_protect(uffd: int, runs: Iterable[tuple[int, int]], protect: bool) -> None:
+    """Protect registered memory against writing, or let writers go on (and wake those that wait).
+
+    :param runs: address and bytes of each piece; those before one that fails are done.
+    """
+    argument = _Words(0, 0, _UFFDIO_WRITEPROTECT_MODE_WP if protect else 0)
+    ioctl = _libc.ioctl
+    for argument[0], argument[1] in runs:
+        while ioctl(uffd, _UFFDIO_WRITEPROTECT, argument):
             # EAGAIN: the address space is changing under us (linux/userfaultfd.h: mmap_changing); the change ends.
-            if error.errno != errno.EAGAIN:
-                raise
-        else:
-            return
+            if ctypes.get_errno() != errno.EAGAIN:
+                raise _failed("UFFDIO_WRITEPROTECT")
 
 
 def userfaultfd_wake(uffd: int, address: int, length_bytes: int) -> None:
     """Let whoever waits at a fault in this range try again; the range need not be registered any more."""
-    _ioctl("UFFDIO_WAKE", uffd, _UFFDIO_WAKE, np.array([address, length_bytes], dtype=np.uint64))
+    _ioctl("UFFDIO_WAKE", uffd, _UFFDIO_WAKE, _Words(address, length_bytes))
 
 
 # -- futex -------------------------------------------------------------------------------------------------------------
