@@ -168,6 +168,7 @@ def run(
     options: SharingOptions | None = None,
     fingerprinting: Fingerprinting | None = None,
     wait: Callable[[float], None] = never,
+    clock: Callable[[], float] = lambda: 0.0,
     nothing_left_behind: bool = True,
 ) -> SharingReport:
     """A session; the figures of its report add up, whatever happened."""
@@ -175,6 +176,7 @@ def run(
         host,
         everyone(host) if groups is None else groups,
         wait=wait,
+        clock=clock,
         options=options or SharingOptions(threads=1),
         fingerprinting=fingerprinting,
     )
@@ -675,7 +677,7 @@ def test_whatever_is_written_when_each_guest_reads_what_it_wrote_last(
 
 
 def test_two_samples_drop_what_changes_between_them() -> None:
-    host = a_host([1, 1, 1, 0, 0, 5], [1])
+    host = a_host([1, 1, 1, 2, 2, 5], [1, 2])
     host.extra = {Capability.LIVE}
     waited: list[float] = []
 
@@ -687,7 +689,41 @@ def test_two_samples_drop_what_changes_between_them() -> None:
     report = run(host, options=SharingOptions(sample_interval_s=7, threads=1), wait=wait)
     assert waited == [7]
     assert report.dropped == {"volatile": 2}
-    assert (report.zero_pages, report.intra_pages, report.inter_pages) == (1, 1, 1)
+    assert (report.intra_pages, report.inter_pages) == (1, 2)
+
+
+def test_zero_pages_are_given_back_while_others_wait_for_their_second_sample() -> None:
+    host = a_host([0, 0, 1, 1])
+    host.extra = {Capability.LIVE}
+    now = [100.0]
+
+    def passing(seconds: float) -> Callable[[], None]:
+        def pass_() -> None:
+            now[0] += seconds
+
+        return pass_
+
+    def wait(seconds: float) -> None:
+        assert seconds == 4, "giving back took 3 of them"
+        host.write(DomId(1), Gfn(0), b"new")
+        now[0] += seconds
+
+    host.after["release_zero_pages"] = [passing(3)]
+    options = SharingOptions(sample_interval_s=7, threads=1)
+    report = run(host, options=options, wait=wait, clock=lambda: now[0])
+    assert (report.zero_pages, report.intra_pages, report.dropped) == (2, 1, {})
+
+    host = a_host([0, 1, 1])
+    host.extra = {Capability.LIVE}
+    host.after["release_zero_pages"] = [passing(8)]
+    assert run(host, options=options, clock=lambda: now[0]).saved_pages == 2, "waits although there was enough to do"
+
+
+def test_without_zero_capability_zero_pages_are_sampled_twice_like_others() -> None:
+    host = a_host([0, 0, 0, 5])
+    host.extra, host.without = {Capability.LIVE}, {Capability.ZERO}
+    report = run(host, wait=lambda _: host.write(DomId(1), Gfn(1), b"new"))
+    assert (report.zero_pages, report.dropped) == (2, {"volatile": 1, "zero_frames": 1})
 
 
 def test_nothing_to_share_needs_no_second_sample() -> None:

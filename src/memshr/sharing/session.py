@@ -21,6 +21,7 @@ none is found, the growth of used_frames tells how many of a batch were new.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -53,7 +54,8 @@ class SharingOptions:
     :param batch_pages: pages that are nominated, read and shared in one go; rounded up to whole frames of max_sharers.
         While a batch is under way, writers to its pages wait on some mechanisms.
     :param scan_pages: pages that are read and fingerprinted in one go.
-    :param sample_interval_s: seconds between the two samples of running guests.
+    :param sample_interval_s: seconds at least between the two samples of running guests. Zero pages are sampled once:
+        writing to one that was given back too soon costs the guest no more than first touching any page does.
     :param huge_page_pages: how many pages of a huge page must be worth sharing for it to be split. 0: split always;
         more than HUGE_PAGE_PAGES: never. A huge page saves the processor work; splitting it for next to nothing loses.
     :param threads: threads that fingerprint; None: one for each core.
@@ -91,6 +93,7 @@ def share(
     groups: Sequence[Group],
     *,
     wait: Callable[[float], None],
+    clock: Callable[[], float] = time.monotonic,
     options: SharingOptions | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     fingerprinting: Fingerprinting | None = None,
@@ -99,6 +102,7 @@ def share(
 
     :param groups: no domain may be in two of them.
     :param wait: called with seconds to wait between two samples of running guests; never called on other mechanisms.
+    :param clock: seconds, from anywhere on: what is done between the two samples counts as waiting.
     :param progress: called after each batch.
     :param fingerprinting: makes what fingerprints pages, from a group's seed; Fingerprinter unless given.
     :raises BackendError: the host cannot go on; what was nominated and not shared has been taken back as far as the
@@ -117,7 +121,7 @@ def share(
     stopped: str | None = None
     for group in groups:
         with fingerprinting(group.seed) as fingerprint_pages:
-            session = _GroupSession(hypervisor, group, options, fingerprint_pages, wait, progress, stopped)
+            session = _GroupSession(hypervisor, group, options, fingerprint_pages, wait, clock, progress, stopped)
             tallies.append(session.run())
         books.extend(session.books.values())
         stopped = session.stopped
@@ -199,6 +203,7 @@ class _GroupSession:
         options: SharingOptions,
         fingerprint_pages: FingerprintPages,
         wait: Callable[[float], None],
+        clock: Callable[[], float],
         progress: Callable[[Progress], None],
         stopped: str | None,
     ) -> None:
@@ -207,11 +212,14 @@ class _GroupSession:
         self._options = options
         self._fingerprint_pages = fingerprint_pages
         self._wait = wait
+        self._clock = clock
         self._progress = progress
         self.stopped = stopped
         self.books = {domid: _DomainBooks(domid, group.name) for domid in group.domids}
         self._tally = _Tally()
         self._batch_pages = -(-options.batch_pages // options.max_sharers) * options.max_sharers
+        self._scanner = Scanner(hypervisor, fingerprint_pages, options.scan_pages)
+        self._scanned_s = 0.0
         self._buffer: PageBytes = np.empty((self._batch_pages, PAGE_SIZE), dtype=np.uint8)
         self._oldest_fresh: int | None = None
         # First every page that was scanned, with its fingerprint; then the candidates only, in order of their classes,
@@ -230,13 +238,15 @@ class _GroupSession:
         if self.stopped is None:
             self._scan(populated)
             self._probe()
-            if Capability.LIVE in self._hypervisor.capabilities:
+            self._spare_huge_pages()
+            if Capability.ZERO in self._hypervisor.capabilities:
+                self._take_zeros()
+            if Capability.LIVE in self._hypervisor.capabilities and self.stopped is None:
                 self._sample_again()
-            if self._options.huge_page_pages:
                 self._spare_huge_pages()
-            self._take_zeros()
         reached = self.stopped is None
         if reached:
+            self._keep_single_zero()
             self._share()
             self._count_candidates()
         for books in self.books.values():
@@ -270,7 +280,7 @@ class _GroupSession:
 
     def _scan(self, populated: dict[DomId, NDArray[np.int64]]) -> None:
         # Every backed page of the group, by domain and gfn.
-        scanner = Scanner(self._hypervisor, self._fingerprint_pages, self._options.scan_pages)
+        scanner = self._scanner
         advance = self._advancing("scan", sum(books.total_pages for books in self.books.values()))
         found = []
         for domid in sorted(populated):
@@ -290,6 +300,7 @@ class _GroupSession:
             books.dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
             found.append(_pages_of(domid, scan, scan.readable))
         self._pages, self._fingerprints = _joined(found)
+        self._scanned_s = self._clock()
 
     def _probe(self) -> None:
         # Nominate, for a moment, one page that surely is not shared: every fresh handle from now on is greater.
@@ -308,7 +319,7 @@ class _GroupSession:
                 continue
 
     def _sample_again(self) -> None:
-        # Only pages that could be shared or released are worth a second look. What has changed is dropped.
+        # Only pages that could be shared are worth a second look. What has changed is dropped.
         again = repeated(self._fingerprints) | (self._fingerprints == ZERO_PAGE_FINGERPRINT)
         pages, fingerprints = self._pages[again], self._fingerprints[again]
         found = []
@@ -316,14 +327,14 @@ class _GroupSession:
             on_frame = self._hypervisor.frames_of(pages) >= 0
             found.append((pages[on_frame], fingerprints[on_frame]))
             pages, fingerprints = pages[~on_frame], fingerprints[~on_frame]
-        if len(pages):
-            self._wait(self._options.sample_interval_s)
-        scanner = Scanner(self._hypervisor, self._fingerprint_pages, self._options.scan_pages)
+        rest_s = self._scanned_s + self._options.sample_interval_s - self._clock()
+        if len(pages) and rest_s > 0:
+            self._wait(rest_s)
         advance = self._advancing("second sample", len(pages))
         for domid in np.unique(pages.domids).tolist():
             ours = pages.domids == domid
             try:
-                scan = scanner.scan(domid, pages.gfns[ours], advance)
+                scan = self._scanner.scan(domid, pages.gfns[ours], advance)
             except DomainError:
                 self.books[domid].gone = True
                 continue
@@ -337,6 +348,8 @@ class _GroupSession:
 
     def _spare_huge_pages(self) -> None:
         # Leave out what lies in huge pages of which too few pages could be shared or released.
+        if not self._options.huge_page_pages:
+            return
         sharable = repeated(self._fingerprints) | (self._fingerprints == ZERO_PAGE_FINGERPRINT)
         (rows,) = np.nonzero(sharable)
         rows = rows[self._hypervisor.huge(self._pages[rows])]
@@ -426,11 +439,14 @@ class _GroupSession:
     def _take_zeros(self) -> None:
         # Zero pages need no frame, where the mechanism can do without; elsewhere they share one like other pages.
         zero = self._fingerprints == ZERO_PAGE_FINGERPRINT
-        if Capability.ZERO in self._hypervisor.capabilities:
-            zeros = self._pages[zero]
-            self._pages, self._fingerprints = self._pages[~zero], self._fingerprints[~zero]
-            self._release_zeros(zeros)
-        elif np.count_nonzero(zero) == 1:  # no partner: no candidate, but a zero page that keeps its frame
+        zeros = self._pages[zero]
+        self._pages, self._fingerprints = self._pages[~zero], self._fingerprints[~zero]
+        self._release_zeros(zeros)
+
+    def _keep_single_zero(self) -> None:
+        # Where zero pages share a frame: without a partner it is no candidate, but a zero page that keeps its frame.
+        zero = self._fingerprints == ZERO_PAGE_FINGERPRINT
+        if np.count_nonzero(zero) == 1:
             self.books[DomId(int(self._pages[zero].domids[0]))].zero_pages += 1
             self._tally.kept["zero_frames"] += 1
             self._tally.saved_pages -= 1
