@@ -127,6 +127,8 @@ class Attachment:
         """pages in mappings of a pool; kept by the hypervisor, which knows who shares"""
         self._unregistered = np.zeros(self.pages, dtype=np.bool_)
         """pages in mappings that were made after the last UFFDIO_REGISTER"""
+        self._split = np.empty(0, dtype=np.int64)
+        """numbers of the 2 MiB pieces of address space in which huge pages have been split"""
 
     def gone(self) -> NoSuchDomainError:
         """The error for a guest that has ended."""
@@ -220,15 +222,18 @@ class Attachment:
 
     def read_scattered(self, pages: Pages, out: PageBytes) -> None:
         """Contents of pages in any order, page i into row i of ``out``."""
-        for start in range(0, len(pages), syscalls.IOV_MAX):
-            some = pages[start : start + syscalls.IOV_MAX]
-            remote = np.empty(len(some), dtype=agent.IOVEC)
-            remote["base"] = self.hvas[some]
-            remote["length"] = PAGE_SIZE
-            rows = out[start : start + len(some)]
+        starts, lengths = self._pieces(pages)
+        remote = np.empty(len(starts), dtype=agent.IOVEC)
+        remote["base"], remote["length"] = starts, lengths
+        ends = np.cumsum(lengths) // PAGE_SIZE
+        row = 0
+        for first in range(0, len(remote), syscalls.IOV_MAX):
+            some = remote[first : first + syscalls.IOV_MAX]
+            rows = out[row : int(ends[first + len(some) - 1])]
+            row += len(rows)
             local = np.array([(rows.ctypes.data, rows.nbytes)], dtype=agent.IOVEC)
             try:
-                got = syscalls.process_vm_readv(self.process.pid, local, remote)
+                got = syscalls.process_vm_readv(self.process.pid, local, some)
             except OSError as error:
                 raise self._failed(error) from error
             if got != rows.nbytes:
@@ -454,20 +459,28 @@ class Attachment:
 
     def _runs(self, pages: Pages) -> list[tuple[int, int]]:
         # (address, bytes) of each run of adjacent pages
+        starts, lengths = self._pieces(pages)
+        return list(zip(starts.tolist(), lengths.tolist(), strict=True))
+
+    def _pieces(self, pages: Pages) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        # The addresses of the runs of adjacent pages, and their bytes.
         hvas = self.hvas[pages]
-        breaks = np.flatnonzero(np.diff(hvas) != PAGE_SIZE) + 1
-        starts = np.concatenate([[0], breaks]) if len(hvas) else breaks
-        ends = np.concatenate([breaks, [len(hvas)]]) if len(hvas) else breaks
-        return list(zip(hvas[starts].tolist(), ((ends - starts) * PAGE_SIZE).tolist(), strict=True))
+        first = np.ones(len(hvas), dtype=np.bool_)
+        np.not_equal(np.diff(hvas), PAGE_SIZE, out=first[1:])
+        (at,) = np.nonzero(first)
+        return hvas[at], np.diff(at, append=len(hvas)) * PAGE_SIZE
 
     def split_huge_pages(self, pages: Pages) -> None:
         """Split the huge pages that these pages are parts of, so that the host gets back what is remapped of them.
 
-        MADV_COLD on a part of a huge page does it, from outside; on other pages it only marks them as seldom used.
+        MADV_COLD on a part of a huge page does it, from outside; on other pages it only marks them as seldom used. Each
+        is split once: the kernel has no time to make new ones of what we take apart.
         """
         hvas = self.hvas[pages]
         chunks, at = np.unique(hvas >> 21, return_index=True)
-        pieces = np.zeros(len(chunks), dtype=agent.IOVEC)
+        at = at[~np.isin(chunks, self._split)]
+        self._split = np.concatenate([self._split, hvas[at] >> 21])
+        pieces = np.zeros(len(at), dtype=agent.IOVEC)
         pieces["base"] = hvas[at]
         pieces["length"] = PAGE_SIZE
         for start in range(0, len(pieces), syscalls.IOV_MAX):
