@@ -102,8 +102,6 @@ class Attachment:
                 undo.callback(os.close, self.pidfd)
                 self.pagemap = Pagemap(process.pid)
                 undo.callback(self.pagemap.close)
-                self._memory = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-                undo.callback(os.close, self._memory)
             except OSError as error:
                 raise self._failed(error) from error
             if not process.running:
@@ -206,19 +204,12 @@ class Attachment:
         entries = self.entries(rows)
         # In a pool's mapping a page that is not there reads as its frame; in anonymous memory it is zeros.
         absent = ~pagemap.is_there(entries) & ~self.in_pool[rows]
-        elsewhere = np.diff(absent) | (np.diff(self.hvas[rows]) != PAGE_SIZE)
-        edges = [0, *(np.flatnonzero(elsewhere) + 1).tolist(), len(out)]
+        edges = [0, *(np.flatnonzero(np.diff(absent)) + 1).tolist(), len(out)]
         for start, end in itertools.pairwise(edges):
             if absent[start]:
                 out[start:end] = 0
-                continue
-            try:
-                got = os.preadv(self._memory, [out[start:end].data], int(self.hvas[first + start]))
-            except OSError as error:
-                raise self._failed(error) from error
-            if got != out[start:end].nbytes:
-                self.dead = True
-                raise self.gone()
+            else:
+                self.read_scattered(rows[start:end], out[start:end])
 
     def read_scattered(self, pages: Pages, out: PageBytes) -> None:
         """Contents of pages in any order, page i into row i of ``out``."""
@@ -240,9 +231,12 @@ class Attachment:
                 self.dead = True
                 raise self.gone()
 
-    def pool_mappings(self) -> Iterator[PoolMappings]:
-        """Where QEMU has frame pools mapped, one by one; made for tens of thousands of mappings."""
-        mappings = self._mappings()
+    def pool_mappings(self, mappings: Mappings | None = None) -> Iterator[PoolMappings]:
+        """Where QEMU has frame pools mapped, one by one; made for tens of thousands of mappings.
+
+        :param mappings: what it has mapped, if the caller has just looked.
+        """
+        mappings = mappings or self._mappings()
         pools = of_pools(mappings)
         files = np.stack([mappings.name, mappings.inode.astype(np.int64)], axis=1)
         for file in np.unique(files[pools], axis=0):
@@ -272,13 +266,12 @@ class Attachment:
             control.close()
         return bool(found)
 
-    def attach(self) -> None:
+    def attach(self) -> Mappings:
         """Find or install the agent, open a session, make all RAM one that can be write-protected.
 
+        :returns: what QEMU has mapped since the session began.
         :raises RefusedDomainError: the guest must not be touched; ``reasons`` says why.
         """
-        if self.session is not None:
-            return
         pid, name = self.process.pid, self.process.name
         with self.process.monitor() as monitor:
             reasons = guests.refusals(self.process, monitor, self.layout)
@@ -304,6 +297,7 @@ class Attachment:
                 self._clear_side(mappings)
             except OSError as error:
                 raise self._failed(error) from error
+        return mappings
 
     def _ram_flags(self, mappings: Mappings) -> frozenset[str]:
         # Of memory that we have not replaced, if any is left; ours have the same, but for huge pages.

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from memshr.errors import BackendError, InvariantError, MemshrError, NoSuchDomainError, Status
 from memshr.hypervisor import error_of
+from memshr.procfs import Mappings
 from memshr.qemu import pagemap
 from memshr.qemu.agent import is_in_session
 from memshr.qemu.attachment import Attachment
@@ -148,21 +149,23 @@ class GuestBooks:
 
     # -- the truth of the host ----------------------------------------------------------------------------------------
 
-    def rebuild(self, guest: Attachment) -> None:
-        """Read from maps which frame is mapped at each page of a guest."""
+    def rebuild(self, guest: Attachment, mappings: Mappings | None = None) -> None:
+        """Read from maps, or from what has just been read there, which frame is mapped at each page of a guest."""
         base = int(self.base[guest.domid - 1])
-        frames, findings = self._mapped_frames(guest)
+        frames, findings = self._mapped_frames(guest, mappings)
         if findings:
             raise InvariantError("; ".join(str(finding) for finding in findings))
         self.frame[base : base + guest.pages] = frames
         guest.in_pool[:] = frames != NOWHERE
         self.give_frame_handles(frames[guest.in_pool])  # older, and so smaller, than any that is yet to come
 
-    def _mapped_frames(self, guest: Attachment) -> tuple[NDArray[np.int64], list[AuditFinding]]:
+    def _mapped_frames(
+        self, guest: Attachment, mappings: Mappings | None = None
+    ) -> tuple[NDArray[np.int64], list[AuditFinding]]:
         frames = np.full(guest.pages, NOWHERE, dtype=np.int64)
         findings = []
         known: dict[int, int] = {books.pool.inode: number for number, books in enumerate(self.pools)}
-        for mapped in guest.pool_mappings():
+        for mapped in guest.pool_mappings(mappings):
             sample = mapped.sample
             number = known.get(sample.inode)
             if number is None:

@@ -261,12 +261,12 @@ class QemuHypervisor:
         if enable and guest.session is None:
             if domid not in self._locks:
                 self._locks[domid] = GuestLock(guest.process.pid, guest.process.name)
-            guest.attach()
+            mappings = guest.attach()
             assert guest.session is not None
             assert self._watch is not None
             self._watch.add(guest.session.uffd)
             # Only now: the agent may have been at the last table of a memshr that died, until it took our session.
-            self._books.rebuild(guest)
+            self._books.rebuild(guest, mappings)
         self._enabled[domid - 1] = enable
 
     def nominate_gfn(self, domid: DomId, gfn: Gfn) -> Handle:

@@ -63,7 +63,7 @@ class SharingOptions:
 
     max_sharers: int = 256
     batch_pages: int = 1024
-    scan_pages: int = 8192
+    scan_pages: int = 2048
     sample_interval_s: float = 1.0
     huge_page_pages: int = 16
     threads: int | None = None
