@@ -125,8 +125,6 @@ class Attachment:
         """pages in mappings of a pool; kept by the hypervisor, which knows who shares"""
         self._unregistered = np.zeros(self.pages, dtype=np.bool_)
         """pages in mappings that were made after the last UFFDIO_REGISTER"""
-        self._split = np.empty(0, dtype=np.int64)
-        """numbers of the 2 MiB pieces of address space in which huge pages have been split"""
 
     def gone(self) -> NoSuchDomainError:
         """The error for a guest that has ended."""
@@ -467,14 +465,11 @@ class Attachment:
     def split_huge_pages(self, pages: Pages) -> None:
         """Split the huge pages that these pages are parts of, so that the host gets back what is remapped of them.
 
-        MADV_COLD on a part of a huge page does it, from outside; on other pages it only marks them as seldom used. Each
-        is split once: the kernel has no time to make new ones of what we take apart.
+        MADV_COLD on a part of a huge page does it, from outside; on other pages it only marks them as seldom used.
         """
         hvas = self.hvas[pages]
         chunks, at = np.unique(hvas >> 21, return_index=True)
-        at = at[~np.isin(chunks, self._split)]
-        self._split = np.concatenate([self._split, hvas[at] >> 21])
-        pieces = np.zeros(len(at), dtype=agent.IOVEC)
+        pieces = np.zeros(len(chunks), dtype=agent.IOVEC)
         pieces["base"] = hvas[at]
         pieces["length"] = PAGE_SIZE
         for start in range(0, len(pieces), syscalls.IOV_MAX):

@@ -77,7 +77,7 @@ class SharingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a session is. ``phase`` is ``scan``, ``second sample``, ``zero pages`` or ``share``, for one group."""
+    """How far a session is. ``phase`` is ``scan``, ``zero pages``, ``second sample`` or ``share``, for one group."""
 
     group: str
     phase: str
