@@ -54,7 +54,7 @@ class EstimateOptions:
     :param interval_s: seconds between the two samples of live sources.
     :param rate_bytes_per_s: read no faster than that; None: no limit.
     :param against: files whose pages are looked for among the contents that save most.
-    :param threads: None: one for each core.
+    :param threads: None: one for each core, 8 at most.
     """
 
     groups: Sequence[str] = ()

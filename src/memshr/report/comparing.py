@@ -33,9 +33,9 @@ from memshr.sharing.scan import FingerprintPages
 from memshr.sources import Rows
 from memshr.types import PAGE_SIZE, PageBytes
 
-_BATCH_PAGES = 1024
-"""4 MiB: long enough for runs of many copies, short enough to stay in a cache of the processor."""
-_BLOCK_PAGES = 64
+_BATCH_PAGES = 4096
+"""16 MiB: long enough for runs of many copies, and for threads not to wait for each other's interpreter lock."""
+_BLOCK_PAGES = 512
 _MEAN_RUN_PAGES = 4
 """Pairs of runs that are shorter than this on average are gathered and compared in one go."""
 
@@ -81,8 +81,8 @@ def compare(
     :raises MemshrError: a source is gone, or has changed although it is not live.
 
     Cost: each candidate is read once, and the first of a class again for each batch that the class goes on in. Memory:
-    8 bytes a candidate after ``packed_classes`` has had its peak; up to 8 more, and 16 MiB for each thread, where
-    fingerprints collide.
+    8 bytes a candidate after ``packed_classes`` has had its peak, and 16 MiB for each thread; up to 8 bytes more, and
+    up to 48 MiB, where fingerprints collide.
     """
     classes = packed_classes(findings.fingerprints, zero_pages=False)
     advance = begin(len(classes.keys))

@@ -1,8 +1,8 @@
 """Reading pages with several threads, no faster than allowed.
 
 The interpreter lock is free while a page is read and while numpy works on it, so threads that each have a buffer of
-their own keep all cores busy. Buffers are small enough that what was just read is still in the cache when it is worked
-on.
+their own keep several cores busy. Buffers are small enough that what was just read is still in a cache when it is
+worked on, and large enough that threads seldom hand the lock to each other.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+MOST_THREADS = 8
+"""More read no faster, since all need the interpreter lock, but each takes 16 MiB and more to work in."""
+
 _Task = TypeVar("_Task")
 _Room = TypeVar("_Room")
 
@@ -20,7 +23,7 @@ _Room = TypeVar("_Room")
 class Readers:
     """Threads that read, and the rate that all of them together keep to.
 
-    :param threads: None: as many as there are cores for this process.
+    :param threads: None: one for each core that this process may use, and MOST_THREADS at most.
     :param bytes_per_s: the rate; None: no limit.
     :param clock: seconds, from anywhere on. :param wait: waits for so many seconds.
     """
@@ -33,7 +36,7 @@ class Readers:
         clock: Callable[[], float],
         wait: Callable[[float], None],
     ) -> None:
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
         self._bytes_per_s = bytes_per_s
         self._clock = clock
         self._wait = wait

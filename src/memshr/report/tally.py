@@ -93,7 +93,7 @@ class Tally:
     def _count_contents(self, leaders: Rows, content: Counts, subject: Counts, copies: Counts) -> None:
         subjects, groups = len(self.shared_pages), len(self.inter_pages)
         limit = self._max_sharers
-        in_group, which = np.unique(content * groups + self._group_of[subject], return_inverse=True)
+        in_group, which = _distinct(content * groups + self._group_of[subject])
         pages = _sums(which, copies, len(in_group))
         holders = np.bincount(which)
         group = in_group % groups
@@ -150,7 +150,7 @@ class Tally:
             part = slice(first, min(first + _PIECE_PAGES, piece.stop))
             rows, leaders = classes.rows(part), classes.leaders(part)
             group_of_row = self._group_of[self._population.subjects_of(rows)]
-            for group in np.unique(group_of_row).tolist():
+            for group in np.flatnonzero(np.bincount(group_of_row)).tolist():
                 ours = group_of_row == group
                 self._number(rows[ours], leaders[ours], group, totals, given)
 
@@ -191,6 +191,14 @@ def _starts(numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
     starts = np.ones(len(numbers), np.bool_)
     starts[1:] = numbers[1:] != numbers[:-1]
     return starts
+
+
+def _distinct(numbers: Counts) -> tuple[Counts, NDArray[np.intp]]:
+    # The numbers that there are, ascending, and which of them each is.
+    if (numbers[1:] < numbers[:-1]).any():
+        return np.unique(numbers, return_inverse=True)
+    starts = _starts(numbers)
+    return numbers[starts], np.cumsum(starts) - 1
 
 
 def _sums(which: NDArray[np.integer], weights: Counts, length: int) -> Counts:
