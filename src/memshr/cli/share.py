@@ -111,7 +111,8 @@ def _share_guests(
         )
         click.echo(
             "The two differ by what was shared before this run, by what the guests and the host's other programs"
-            " allocated or freed meanwhile, and by neighbours of shared pages in huge pages that were split."
+            " allocated or freed meanwhile, by memshr's own memory, by pages just freed that the kernel does not count"
+            " yet, and by neighbours of shared pages in huge pages that were split."
         )
         for guest in figures:
             click.echo(f"{guest.name}: {guest.mappings_left:,} more mappings fit into its process.")
