@@ -7,6 +7,7 @@ here; objects appear only at the edge (one result of one call).
 from __future__ import annotations
 
 import enum
+import mmap
 from dataclasses import dataclass, field
 from typing import NewType
 
@@ -45,6 +46,17 @@ Handles = NDArray[np.uint64]
 Statuses = NDArray[np.int32]
 PageBytes = NDArray[np.uint8]
 """Contents of pages, shape ``(n, PAGE_SIZE)``."""
+
+
+def page_buffer(pages: int) -> PageBytes:
+    """Room for pages, each at an address that a page may have. Costs nothing until touched, and reads as zeros.
+
+    The room that numpy.empty finds for more than some pages begins 16 bytes after such an address, and the kernel
+    copies to there at a fraction of its speed (AMD EPYC: process_vm_readv 2.2 instead of 6.8 GB/s, preadv 2.4 instead
+    of 14). numpy.zeros would also ask for huge pages, which are touched 2 MiB at a time.
+    """
+    room = mmap.mmap(-1, max(pages, 1) * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(room, np.uint8, pages * PAGE_SIZE).reshape(pages, PAGE_SIZE)
 
 
 class P2mType(enum.IntEnum):

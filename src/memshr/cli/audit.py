@@ -14,7 +14,7 @@ from memshr.cli.share import group_names
 from memshr.embedded import EmbeddedHypervisor
 from memshr.images import open_image
 from memshr.sharing.session import SharingOptions
-from memshr.types import PAGE_SIZE, AuditReport, Counters, DomId, Gfn
+from memshr.types import AuditReport, Counters, DomId, Gfn, page_buffer
 
 _BATCH_PAGES = 2048
 
@@ -97,7 +97,7 @@ def _tell(audited: AuditReport, counters: Counters, *, as_json: bool) -> None:
 def _compare_with_image(
     hypervisor: EmbeddedHypervisor, domid: DomId, path: str, image_format: str | None
 ) -> tuple[int, int]:
-    buffer = np.empty((_BATCH_PAGES, PAGE_SIZE), np.uint8)
+    buffer = page_buffer(_BATCH_PAGES)
     checked = wrong = 0
     with open_image(path, format=image_format) as image:
         for extent in image.extents:

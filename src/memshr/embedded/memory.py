@@ -7,14 +7,13 @@ guest writes. A frame of an image that is freed is not handed out again; a frame
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memshr.embedded.columns import CHUNK, CHUNK_BITS, Column, Index, Spots
-from memshr.types import DOMID_COW, PAGE_SIZE, PageBytes
+from memshr.types import DOMID_COW, PageBytes, page_buffer
 
 NOBODY = 0
 """Owner of a free frame. (dom0's number: its frames are not modelled.)"""
@@ -28,11 +27,6 @@ class _Bank:
     pages: PageBytes
     owner: int
     ram: bool
-
-
-def _anonymous_pages(count: int) -> PageBytes:
-    # Pages that cost nothing until touched. numpy.zeros would ask for huge pages, which are touched 2 MiB at a time.
-    return np.frombuffer(mmap.mmap(-1, count * PAGE_SIZE), np.uint8).reshape(count, PAGE_SIZE)
 
 
 class MachineMemory:
@@ -92,7 +86,7 @@ class MachineMemory:
         if self._limit_pages is not None and self.allocated_pages + count > self._limit_pages:
             return None
         try:
-            pages = _anonymous_pages(count)
+            pages = page_buffer(count)
         except OSError:  # more than this process may map
             return None
         self.allocated_pages += count
@@ -112,7 +106,7 @@ class MachineMemory:
         if self._limit_pages is not None and self.allocated_pages >= self._limit_pages:
             return None
         if not self._free:
-            bank = self._add_bank(_anonymous_pages(CHUNK), NOBODY, ram=True)
+            bank = self._add_bank(page_buffer(CHUNK), NOBODY, ram=True)
             fresh = range(bank.first_mfn, bank.first_mfn + CHUNK)  # handed out from the top, as in Xen
             self._free.extend(mfn << 1 | (_SCRUB if self._scrub_byte else 0) for mfn in fresh)
         free = self._free.pop()

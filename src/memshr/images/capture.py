@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from memshr.errors import BackendError, ImageError
 from memshr.images.elfcore import MAX_SEGMENTS, CoreWriter
 from memshr.procfs import Mapping, ProcessMemory, true_runs
-from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
+from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes, page_buffer
 
 _BATCH_BYTES = 16 << 20
 _MAX_RUNS = MAX_SEGMENTS // 2
@@ -136,7 +136,7 @@ def _copy(
     progress: Callable[[int, int], None],
 ) -> int:
     """Hand the runs, but for what cannot be read, to ``write``; returns how many pages that were."""
-    buffer = np.empty((_BATCH_BYTES // PAGE_SIZE, PAGE_SIZE), dtype=np.uint8)
+    buffer = page_buffer(_BATCH_BYTES // PAGE_SIZE)
     total_bytes = int((runs[:, 1] - runs[:, 0]).sum())
     done_bytes = told_bytes = pages = 0
     progress(0, total_bytes)

@@ -29,7 +29,7 @@ from memshr.report.assembly import Assembly, Groups
 from memshr.report.comparing import compare
 from memshr.report.estimate import Content, Estimate, Method, Place
 from memshr.report.guesses import ZERO_PAGE, guess, pages_of_files
-from memshr.report.population import Population, page_buffer
+from memshr.report.population import Population
 from memshr.report.reading import Readers
 from memshr.report.sampling import SampleOptions, draw, infer
 from memshr.report.scan import Findings, Verdict, look_again_at_zeros, scan, survey
@@ -38,7 +38,7 @@ from memshr.sharing.fingerprint import Fingerprinter
 from memshr.sharing.groups import trust_groups
 from memshr.sharing.session import Fingerprinting
 from memshr.sources import Subject
-from memshr.types import DomainInfo
+from memshr.types import DomainInfo, page_buffer
 
 DEFAULT_MAPPINGS = 65_530 - 2_048
 """The default of Linux's vm.max_map_count, less what sharing leaves to QEMU itself."""

@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import MemshrError
-from memshr.report.population import Population, page_buffer
+from memshr.report.population import Population
 from memshr.report.reading import Readers
 from memshr.report.scan import Findings, Verdict
 from memshr.sharing.candidates import PackedClasses, packed_classes
 from memshr.sharing.fingerprint import Fingerprints, universal_fingerprints
 from memshr.sharing.scan import FingerprintPages
 from memshr.sources import Rows
-from memshr.types import PAGE_SIZE, PageBytes
+from memshr.types import PAGE_SIZE, PageBytes, page_buffer
 
 _BATCH_PAGES = 4096
 """16 MiB: long enough for runs of many copies, and for threads not to wait for each other's interpreter lock."""

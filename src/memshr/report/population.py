@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from memshr.errors import MemshrError
 from memshr.sharing.candidates import MAX_ROWS
 from memshr.sources import Rows, Subject
-from memshr.types import PAGE_SIZE, DomId, Gfn, PageBytes
+from memshr.types import DomId, Gfn, PageBytes
 
 _SCATTERED_RUN_PAGES = 8
 """Runs that are shorter than this on average are read in one call for all of them, not in one for each."""
@@ -93,8 +93,3 @@ class Population:
                 inside = slice(part.start + start, part.start + end)
                 readable[inside] = source.read_run(int(local[start]), out[inside])
         return readable
-
-
-def page_buffer(pages: int) -> PageBytes:
-    """Room for some pages."""
-    return np.empty((pages, PAGE_SIZE), np.uint8)

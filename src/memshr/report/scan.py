@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.report.population import Population, page_buffer
+from memshr.report.population import Population
 from memshr.report.reading import Readers
 from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprints
 from memshr.sharing.scan import FingerprintPages
 from memshr.sources import PageState, Rows
-from memshr.types import PAGE_SIZE, PageBytes
+from memshr.types import PAGE_SIZE, PageBytes, page_buffer
 
 _TASK_PAGES = 4096
 """16 MiB: what a thread takes at once."""

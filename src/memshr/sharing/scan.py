@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from memshr.errors import NotSharableError, Status
 from memshr.hypervisor import Hypervisor, error_of
 from memshr.sharing.fingerprint import Fingerprints
-from memshr.types import PAGE_SIZE, DomId, Gfn, Gfns, PageArray, PageBytes
+from memshr.types import DomId, Gfn, Gfns, PageArray, PageBytes, page_buffer
 
 FingerprintPages = Callable[[PageBytes], Fingerprints]
 
@@ -45,7 +45,7 @@ class Scanner:
         self._hypervisor = hypervisor
         self._fingerprint_pages = fingerprint_pages
         self._batch_pages = batch_pages
-        self._buffer: PageBytes = np.empty((batch_pages, PAGE_SIZE), dtype=np.uint8)
+        self._buffer: PageBytes = page_buffer(batch_pages)
         # The frames that were met, ascending, with what ``Scan`` says of a page.
         self._frames = np.empty(0, dtype=np.int64)
         self._frame_fingerprints: Fingerprints = np.empty(0, dtype=np.uint64)
