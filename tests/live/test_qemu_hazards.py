@@ -488,7 +488,7 @@ def die_with_a_slow_table(guest: QtestGuest) -> None:
         "hva = int(opened.hvas[row])\n"
         "table = [(7, 0, 0, 1500)]\n"
         "table += [(9, hva, 4096, 3, 0x4012, opened.pool_number(pool), int(frame) % (1 << 32) * 4096)]\n"
-        "opened.session._post(agent.entries(table, results=[0, hva]))\n"
+        "opened.session.post(agent.entries(table, results=[0, hva]))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(guest.pid)], check=False)

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -26,10 +27,15 @@ def killed_while_attaching(guest: QtestGuest, delay_s: float) -> bool:
     control = control_area.ControlArea.create()
     with process_of(guest).monitor() as monitor:
         number = monitor.add_descriptor(control.file)
-        command = [sys.executable, "-m", "memshr.qemu.injector", "attach", str(guest.pid), str(number)]
-        with subprocess.Popen(
-            [*command, str(control.file)], pass_fds=[control.file], stdout=subprocess.PIPE
-        ) as injector:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with (
+            ours,
+            theirs,
+            subprocess.Popen([sys.executable, "-m", "memshr.qemu.injector"], stdin=theirs.fileno()) as injector,
+        ):
+            socket.send_fds(ours, [f"attach {guest.pid} {number}".encode()], [control.file])
+            # A parent that has died: it ends of itself when it has done its work.
+            ours.shutdown(socket.SHUT_WR)
             while (
                 not any(control.memory[control_area.PARAMETERS : control_area.PARAMETERS + 8])
                 and injector.poll() is None
@@ -66,7 +72,9 @@ def test_the_death_of_the_injector_harms_nobody(qemu: Path) -> None:
 
 def test_agent_runs_tables_until_the_first_surprise(qemu: Path) -> None:
     with booted(qemu, "tables") as (guest,), process_of(guest).monitor() as monitor:
-        control = agent.install(guest.pid, "tables", monitor)
+        injector = agent.Injector()
+        control = agent.install(guest.pid, "tables", monitor, injector)
+        injector.close()
         pidfd = os.pidfd_open(guest.pid)
         with agent.Session.open(guest.pid, pidfd, "tables", control, monitor) as session:
             assert session.call(39) == guest.pid

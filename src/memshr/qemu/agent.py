@@ -64,6 +64,8 @@ IOVEC = np.dtype([("base", "<u8"), ("length", "<u8")])
 ANSWER_DEADLINE_S: Final = 10.0
 
 _IDLE, _POSTED, _UNDER_WAY, _DONE = 0, 1, 2, 4
+_ANSWERS: Final = 64
+"""bytes that are read at once; one is an answer"""
 
 
 class AgentCallError(BackendError):
@@ -90,10 +92,59 @@ def is_in_session(pid: int) -> bool:
     return busy
 
 
-def install(pid: int, name: str, monitor: Monitor) -> ControlArea:
-    """Put an agent into a QEMU that has none.
+class Injector:
+    """The process that puts agents into QEMUs, and takes their mappings out (``injector``), seen from here.
 
-    A process of its own does it (``injector``): it goes on when we die.
+    It is started when it is first needed and serves many guests, because starting takes longer than all its work. It
+    ends when this is closed or when we die, but not before what it has under way is done.
+    """
+
+    def __init__(self) -> None:
+        self._wire: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, action: str, pid: int, number: int, file: int) -> dict[str, object]:
+        """Have it do ``attach`` or ``detach``, as ``injector`` describes them; returns its answer.
+
+        :raises BackendError: it has failed.
+        """
+        wire = self._wire or self._start()
+        try:
+            socket.send_fds(wire, [f"{action} {pid} {number}".encode()], [file])
+            answer = wire.recv(1 << 16)
+        except OSError:
+            answer = b""
+        if not answer:
+            assert self._process is not None
+            said = self._process.communicate()[1].decode(errors="replace").strip()
+            self.close()
+            raise BackendError(f"the injector failed on process {pid}: {said}")
+        found: dict[str, object] = json.loads(answer)
+        return found
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "memshr.qemu.injector"],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        self._wire = ours
+        return ours
+
+    def close(self) -> None:
+        """End it."""
+        if self._wire is not None and self._process is not None:
+            self._wire.close()
+            self._process.communicate()
+        self._wire = self._process = None
+
+
+def install(pid: int, name: str, monitor: Monitor, injector: Injector) -> ControlArea:
+    """Put an agent into a QEMU that has none.
 
     :raises RefusedDomainError: the guest's seccomp filter forbids what the agent does, or QEMU cannot be stopped.
     """
@@ -101,7 +152,7 @@ def install(pid: int, name: str, monitor: Monitor) -> ControlArea:
     try:
         number = monitor.add_descriptor(control.file)
         try:
-            answer = _run_injector("attach", pid, number, control.file)
+            answer = injector.ask("attach", pid, number, control.file)
         finally:
             monitor.remove_descriptors()
         if "refused" in answer:
@@ -117,25 +168,14 @@ def install(pid: int, name: str, monitor: Monitor) -> ControlArea:
     return control
 
 
-def uninstall(pid: int, control: ControlArea) -> None:
+def uninstall(pid: int, control: ControlArea, injector: Injector) -> None:
     """Unmap the control area of a QEMU whose agent thread has ended.
 
     :raises RefusedDomainError: QEMU cannot be stopped for it; only the mapping stays, which does nothing.
     """
-    answer = _run_injector("detach", pid, control.code_address, control.file)
+    answer = injector.ask("detach", pid, control.code_address, control.file)
     if "refused" in answer:
         raise RefusedDomainError(f"process {pid} keeps an unused mapping of memshr: {answer['refused']}")
-
-
-def _run_injector(action: str, pid: int, number: int, file: int) -> dict[str, object]:
-    command = [sys.executable, "-m", "memshr.qemu.injector", action, str(pid), str(number), str(file)]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, pass_fds=[file], start_new_session=True, check=False
-    )
-    if done.returncode != 0:
-        raise BackendError(f"the injector failed on process {pid}: {done.stderr.decode(errors='replace').strip()}")
-    answer: dict[str, object] = json.loads(done.stdout)
-    return answer
 
 
 class Session:
@@ -150,6 +190,7 @@ class Session:
         self.uffd = uffd
         self.features = features
         self._wire = wire
+        self._answer_is_due = False
         words: NDArray[np.uint64] = np.frombuffer(control.memory, np.uint64, TABLE_ENTRIES * 8, TABLE)
         self._table = words.reshape(TABLE_ENTRIES, 8)
         self.local_pieces, self.remote_pieces = (
@@ -222,37 +263,56 @@ class Session:
         :returns: how many calls were done; ``result(i)`` tells what call ``i`` gave.
         :raises ConnectionLostError: QEMU died, or does not run; in the second case nothing of the table was done.
         """
-        self._post(table)
-        try:
-            while True:
-                try:
-                    answer = self._wire.recv(1)
-                except TimeoutError:
-                    self._withdraw()
-                    continue
-                if not answer:
-                    raise ConnectionLostError("QEMU has ended")
-                break
-        except OSError as error:
-            raise ConnectionLostError("QEMU has ended") from error
-        return int(self.control.get(DONE_AT, "<I")[0])
+        self.post(table)
+        self.await_answer()
+        return self.done
 
-    def _post(self, table: NDArray[np.uint64]) -> None:
+    def post(self, table: NDArray[np.uint64]) -> None:
+        """The first half of ``run``: several agents can be at work at once. ``await_answer`` is the second half."""
         if not 0 < len(table) <= TABLE_ENTRIES:
             raise InvariantError(f"a table of {len(table)} calls")
+        if self._answer_is_due:
+            raise InvariantError("a table while another is under way")
         self._table[: len(table)] = table
         self.control.put(COUNT_AT, "<2I", len(table), 0)
+        self._answer_is_due = True
         self.control.put(STATE_AT, "<I", _POSTED)
         try:
             self._wire.sendall(b"\1")
         except OSError as error:
             raise ConnectionLostError("QEMU has ended") from error
 
+    def await_answer(self) -> None:
+        """Wait until no table is under way; ``done`` then says how far the last one got.
+
+        Whoever lifts a protection must call this first: a Ctrl-C may have ended our wait, and not the table.
+
+        :raises ConnectionLostError: as ``run``.
+        """
+        while self._answer_is_due:
+            try:
+                answer = self._wire.recv(_ANSWERS)
+            except TimeoutError:
+                self._withdraw()
+                continue
+            except OSError as error:
+                raise ConnectionLostError("QEMU has ended") from error
+            if not answer:
+                raise ConnectionLostError("QEMU has ended")
+            # The state decides, not the byte, which may be that of an earlier table: see Ctrl-C.
+            self._answer_is_due = self.control.get(STATE_AT, "<I") != (_DONE,)
+
+    @property
+    def done(self) -> int:
+        """How many calls of the last table were done."""
+        return int(self.control.get(DONE_AT, "<I")[0])
+
     def _withdraw(self) -> None:
         # Atomic against the agent's own step from posted to under way: afterwards the state is nothing posted (0), or
         # what the agent made of it.
         syscalls.atomic_clear_bits(self.control.word_address(STATE_AT), _POSTED)
         if self.control.get(STATE_AT, "<I") == (_IDLE,):
+            self._answer_is_due = False
             raise ConnectionLostError(
                 f"QEMU did not run for {ANSWER_DEADLINE_S:.0f} s",
                 remedy="continue the process (kill -CONT, or thaw it)",
@@ -306,7 +366,7 @@ class Session:
         """
         slots = [slot for slot in self.control.get(SLOTS_AT, f"<{SLOTS}i") if slot >= 0]
         calls = [*((syscalls.NR_CLOSE, slot) for slot in slots), (syscalls.NR_EXIT, 0)]
-        self._post(entries(calls, results=[0] * len(calls)))
+        self.post(entries(calls, results=[0] * len(calls)))
         # Not the end of our stream: a paused QEMU keeps its own descriptor of the socket until it runs.
         end = time.monotonic() + ANSWER_DEADLINE_S
         while self.control.thread_lives(pid):

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from memshr.errors import BackendError, HostMemoryError, NoSuchDomainError, RefusedDomainError
 from memshr.procfs import Mapping, Mappings, process_mappings
 from memshr.qemu import agent, control_area, guests, pagemap, syscalls
-from memshr.qemu.agent import Session
+from memshr.qemu.agent import Injector, Session
 from memshr.qemu.control_area import ControlArea
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.pagemap import Pagemap
@@ -61,6 +61,33 @@ _ADVICE: Final = {
 }
 """VmFlags that QEMU sets on guest RAM -> what puts them back onto a new mapping"""
 _FRAME_FLAGS: Final = ("dd", "dc", "mg")
+
+
+Steps = Generator[None, None, int]
+"""Work of one agent, table by table: each step ends when a table is posted. Returns how much was done."""
+
+
+def carry_out(works: Iterable[Steps]) -> list[int]:
+    """Let agents do their work, those of different guests at the same time; returns what each returned.
+
+    :raises BaseException: the first that one raises; the others are done, too.
+    """
+    under_way = dict(enumerate(works))
+    results = [0] * len(under_way)
+    failure: BaseException | None = None
+    while under_way:
+        for number, steps in list(under_way.items()):
+            try:
+                next(steps)
+            except StopIteration as end:
+                results[number] = end.value
+                del under_way[number]
+            except BaseException as error:
+                failure = failure or error
+                del under_way[number]
+    if failure is not None:
+        raise failure
+    return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,23 +236,24 @@ class Attachment:
             else:
                 self.read_scattered(rows[start:end], out[start:end])
 
-    def read_scattered(self, pages: Pages, out: PageBytes) -> None:
-        """Contents of pages in any order, page i into row i of ``out``."""
-        starts, lengths = self._pieces(pages)
-        remote = np.empty(len(starts), dtype=agent.IOVEC)
-        remote["base"], remote["length"] = starts, lengths
-        ends = np.cumsum(lengths) // PAGE_SIZE
-        row = 0
-        for first in range(0, len(remote), syscalls.IOV_MAX):
-            some = remote[first : first + syscalls.IOV_MAX]
-            rows = out[row : int(ends[first + len(some) - 1])]
-            row += len(rows)
-            local = np.array([(rows.ctypes.data, rows.nbytes)], dtype=agent.IOVEC)
+    def read_scattered(self, pages: Pages, out: PageBytes, rows: NDArray[np.int64] | None = None) -> None:
+        """Contents of pages in any order.
+
+        :param rows: the row of ``out`` that each goes into, shape ``(n,)``; None: page i into row i.
+        """
+        rows = np.arange(len(pages)) if rows is None else rows
+        hvas = self.hvas[pages]
+        (at,) = np.nonzero((np.diff(hvas, prepend=-1) != PAGE_SIZE) | (np.diff(rows, prepend=-1) != 1))
+        pieces = np.empty((2, len(at)), dtype=agent.IOVEC)
+        pieces["length"] = np.diff(at, append=len(hvas)) * PAGE_SIZE
+        pieces["base"][0], pieces["base"][1] = out.ctypes.data + rows[at] * PAGE_SIZE, hvas[at]
+        for first in range(0, len(at), syscalls.IOV_MAX):
+            local, remote = pieces[:, first : first + syscalls.IOV_MAX]
             try:
-                got = syscalls.process_vm_readv(self.process.pid, local, some)
+                got = syscalls.process_vm_readv(self.process.pid, local, remote)
             except OSError as error:
                 raise self._failed(error) from error
-            if got != rows.nbytes:
+            if got != int(remote["length"].sum()):
                 self.dead = True
                 raise self.gone()
 
@@ -264,7 +292,7 @@ class Attachment:
             control.close()
         return bool(found)
 
-    def attach(self) -> Mappings:
+    def attach(self, injector: Injector) -> Mappings:
         """Find or install the agent, open a session, make all RAM one that can be write-protected.
 
         :returns: what QEMU has mapped since the session began.
@@ -281,7 +309,7 @@ class Attachment:
                 )
             self.must_drain = bool(guests.direct_drives(monitor))
             try:
-                control = ControlArea.find(pid) or agent.install(pid, name, monitor)
+                control = ControlArea.find(pid) or agent.install(pid, name, monitor, injector)
                 try:
                     self.session = Session.open(pid, self.pidfd, name, control, monitor)
                 except BaseException:
@@ -377,7 +405,7 @@ class Attachment:
         if control is not None:
             control.close()
 
-    def detach(self) -> None:
+    def detach(self, injector: Injector) -> None:
         """Take the agent out of QEMU: thread, mappings, descriptors. No page may be on a frame any more."""
         pid, name = self.process.pid, self.process.name
         session, self.session = self.working_session(), None
@@ -391,7 +419,7 @@ class Attachment:
                 if each.thread_lives(pid):
                     with self.process.monitor() as monitor:
                         Session.open(pid, self.pidfd, name, each, monitor).end_agent(pid)
-                agent.uninstall(pid, each)
+                agent.uninstall(pid, each, injector)
             finally:
                 each.close()
 
@@ -429,6 +457,10 @@ class Attachment:
         absent = pages[~pagemap.is_there(self.entries(pages))]
         if len(absent):
             self.read_scattered(absent, np.empty((len(absent), PAGE_SIZE), dtype=np.uint8))
+
+    def await_agent(self) -> None:
+        """Wait until nothing is being remapped any more; before protections are lifted. See Session.await_answer."""
+        self.working_session().await_answer()
 
     def unprotect(self, pages: Pages) -> None:
         """Let writers of these pages go on."""
@@ -484,7 +516,7 @@ class Attachment:
 
     # -- remapping -------------------------------------------------------------------------------------------------
 
-    def map_frames(self, pages: Pages, frames: NDArray[np.int64], pool: FramePool) -> int:
+    def map_frames(self, pages: Pages, frames: NDArray[np.int64], pool: FramePool) -> Steps:
         """Map frames of one pool, which QEMU has been given, over protected pages, as many tables as it takes.
 
         :param frames: the frame (its number in the pool) of each page, shape ``(n,)``.
@@ -504,12 +536,12 @@ class Attachment:
         table[:, 4] = syscalls.MAP_PRIVATE | syscalls.MAP_FIXED | syscalls.MAP_NORESERVE
         table[:, 5] = number
         table[:, 6] = frames[starts] * PAGE_SIZE
-        done = self._remap(table, _FRAME_FLAGS)
+        done = yield from self._remap(table, _FRAME_FLAGS)
         mapped = int(ends[done - 1]) if done else 0
         self._unregistered[pages[:mapped]] = True
         return mapped
 
-    def map_nothing(self, pages: Pages, anonymous: NDArray[np.bool_]) -> int:
+    def map_nothing(self, pages: Pages, anonymous: NDArray[np.bool_]) -> Steps:
         """Give the memory of protected pages back: they read as zeros afterwards. Returns how many, as map_frames.
 
         :param anonymous: which pages lie in anonymous memory, where the page can just be dropped; the others get a
@@ -529,13 +561,13 @@ class Attachment:
         table[~drop, 4] = flags
         table[~drop, 5] = np.uint64(2**64 - 1)
         table[~drop, 7] = hvas[starts[~drop]]
-        done = self._remap(table, tuple(_ADVICE) if not drop.all() else ())
+        done = yield from self._remap(table, tuple(_ADVICE) if not drop.all() else ())
         emptied = int(ends[done - 1]) if done else 0
         self._unregistered[pages[:emptied][~anonymous[:emptied]]] = True
         return emptied
 
-    def _remap(self, table: NDArray[np.uint64], flags: tuple[str, ...]) -> int:
-        # Returns how many calls of the table were done. The flags of the old mappings are put back after each batch.
+    def _remap(self, table: NDArray[np.uint64], flags: tuple[str, ...]) -> Steps:
+        # How many calls of the table were done. The flags of the old mappings are put back after each batch.
         session = self.working_session()
         at_once = BATCH_ENTRIES if MAPPING_OVER_IS_SAFE else BATCH_ENTRIES // 2
         done = 0
@@ -549,9 +581,11 @@ class Attachment:
                     break
             calls, ends = (batch, np.arange(1, len(batch) + 1)) if MAPPING_OVER_IS_SAFE else self._beside(batch, maps)
             advice = self._advice_for(batch, flags, control_area.TABLE_ENTRIES - len(calls))
-            got = session.run(np.concatenate([calls, np.array(advice, dtype=np.uint64).reshape(-1, 8)]))
+            session.post(np.concatenate([calls, np.array(advice, dtype=np.uint64).reshape(-1, 8)]))
             self._mappings_left -= growth
-            finished = int(np.searchsorted(ends, got, side="right"))
+            yield
+            session.await_answer()
+            finished = int(np.searchsorted(ends, session.done, side="right"))
             done += finished
             if finished < len(batch):
                 self._clear_side(self._mappings())

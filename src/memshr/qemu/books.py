@@ -46,6 +46,7 @@ from memshr.types import (
     PageArray,
     PageBytes,
     Statuses,
+    page_buffer,
 )
 
 Ids = NDArray[np.int64]
@@ -132,7 +133,7 @@ class GuestBooks:
             self._next_handle = _FIRST_HANDLE
             self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
             self._weights += np.uint64(1)
-            self._buffer = np.empty((512, PAGE_SIZE), dtype=np.uint8)
+            self._buffer = page_buffer(512)
             for guest in self.guests:
                 self.rebuild(guest)
         except BaseException:
@@ -244,6 +245,11 @@ class GuestBooks:
         if guest.process.running and not guest.dead:
             raise error
         guest.dead = True
+
+    def has_ended(self, ids: Ids) -> NDArray[np.bool_]:
+        """Which pages are of guests that have ended."""
+        dead = np.array([guest.dead for guest in self.guests])
+        return np.asarray(dead[np.searchsorted(self.base, ids, side="right") - 1])
 
     def place(self, page: int) -> tuple[DomId, Gfn]:
         guest = self.guests[int(np.searchsorted(self.base, page, side="right")) - 1]

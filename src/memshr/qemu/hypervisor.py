@@ -16,7 +16,8 @@ The rules:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NoReturn
 
 import numpy as np
@@ -35,7 +36,8 @@ from memshr.errors import (
 )
 from memshr.hypervisor import Capability, error_of
 from memshr.qemu import pagemap
-from memshr.qemu.attachment import BATCH_ENTRIES, BATCH_PAGES, MOVED_PAGES, Attachment
+from memshr.qemu.agent import Injector
+from memshr.qemu.attachment import BATCH_ENTRIES, BATCH_PAGES, MOVED_PAGES, Attachment, Steps, carry_out
 from memshr.qemu.books import (
     IN_FLIGHT,
     NOMINATED,
@@ -65,9 +67,12 @@ from memshr.types import (
     PageArray,
     PageBytes,
     Statuses,
+    page_buffer,
 )
 
 _WINDOW_PAGES: Final = MOVED_PAGES
+_HANDS: Final = 8
+"""Guests that are remapped at the same time."""
 DEFAULT_RESERVE_BYTES: Final = 256 << 20
 """Memory of the host that sharing and unsharing leave alone."""
 
@@ -96,6 +101,7 @@ class QemuHypervisor:
         self._reserve_bytes = reserve_bytes
         self._locks: dict[int, GuestLock] = {}
         self._watch: WriteWatch | None = None
+        self._injector = Injector()
         self._enabled = [False] * len(processes)
         self._chosen_pool: dict[str, int] = {}
         self._books = GuestBooks(processes, groups or {})
@@ -117,6 +123,7 @@ class QemuHypervisor:
             self._watch.close()
             self._watch = None
         self._books.close()
+        self._injector.close()
         for lock in self._locks.values():
             lock.release()
         self._locks = {}
@@ -240,12 +247,7 @@ class QemuHypervisor:
         for guest, rows in self._books.by_guest(ids[good]):
             where = good[rows]
             try:
-                if len(where) == len(pages):
-                    guest.read_scattered(self._books.local(guest, ids), out[: len(pages)])
-                else:
-                    contents = np.empty((len(where), PAGE_SIZE), dtype=np.uint8)
-                    guest.read_scattered(self._books.local(guest, ids[where]), contents)
-                    out[where] = contents
+                guest.read_scattered(self._books.local(guest, ids[where]), out, where)
             except NoSuchDomainError:
                 statuses[where] = Status.ESRCH
         return statuses
@@ -261,7 +263,7 @@ class QemuHypervisor:
         if enable and guest.session is None:
             if domid not in self._locks:
                 self._locks[domid] = GuestLock(guest.process.pid, guest.process.name)
-            mappings = guest.attach()
+            mappings = guest.attach(self._injector)
             assert guest.session is not None
             assert self._watch is not None
             self._watch.add(guest.session.uffd)
@@ -420,19 +422,10 @@ class QemuHypervisor:
         named = np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist()
         self._hand_over_pools([self._books.guests[domid - 1] for domid in named])
         while len(rows):
-            some = rows[: self._few_enough(source_ids[rows], client_ids[rows])]  # all that is in flight at once
-            some = some[: self._independent(source_ids[some], client_ids[some])]
+            some = rows[: self._independent(source_ids[rows], client_ids[rows])]
             statuses[some] = self._share(source_ids[some], source_handles[some], client_ids[some], client_handles[some])
             rows = rows[len(some) :]
         return statuses
-
-    def _few_enough(self, sources: Ids, clients: Ids) -> int:
-        # How many rows from the first on may be in flight at once: more if they are long runs, which remap sooner.
-        sources, clients = sources[:MOVED_PAGES], clients[:MOVED_PAGES]
-        order = np.argsort(clients)
-        onto = np.where(self._books.frame[sources] == NOWHERE, sources, self._books.frame[sources])[order]
-        pieces = 1 + int(((np.diff(clients[order]) != 1) | (np.diff(onto) != 1)).sum())
-        return len(clients) if pieces <= BATCH_ENTRIES else BATCH_PAGES
 
     def _independent(self, sources: Ids, clients: Ids) -> int:
         """How many rows from the first on can be done at once: no row changes what a later one looks at."""
@@ -460,61 +453,126 @@ class QemuHypervisor:
         same = (sources == clients) | (
             source_shared & client_shared & (self._books.frame[sources] == self._books.frame[clients])
         )
-        source_frame_handles = self._books.frame_handles(sources, source_shared)
-        client_frame_handles = self._books.frame_handles(clients, client_shared)
         with self._books.lock:
-            good_source = self._valid(sources, source_handles, source_shared, source_frame_handles)
-            good_client = self._valid(clients, client_handles, client_shared, client_frame_handles)
+            good_source = self._valid(sources, source_handles, source_shared)
+            good_client = self._valid(clients, client_handles, client_shared)
             is_shared = source_shared | (self._books.phase[sources] == NOMINATED)
             client_is_shared = client_shared | (self._books.phase[clients] == NOMINATED)
-            statuses[~good_client] = Status.C_HANDLE_INVALID
-            statuses[~good_source] = Status.S_HANDLE_INVALID
-            # A side that is no shared frame at all is named before any handle is looked at.
-            statuses[is_shared & ~client_is_shared] = Status.C_HANDLE_INVALID
-            statuses[~is_shared] = Status.S_HANDLE_INVALID
-            statuses[same] = Status.OK
-            rows = np.flatnonzero((statuses == Status.OK) & ~same)
-            new_sources = np.unique(sources[rows[~source_shared[rows]]])
-            single = clients[rows[~client_shared[rows]]]
-            self._books.phase[new_sources] = IN_FLIGHT
-            self._books.phase[single] = IN_FLIGHT
-        moved, moved_target = self._take_sharers(clients[rows], client_shared[rows], sources[rows])
-        target_of_client = np.concatenate([sources[rows[~client_shared[rows]]], moved_target])
-        movers = np.concatenate([single, moved])
-        old_frames = np.unique(self._books.frame[moved]) if len(moved) else np.empty(0, dtype=np.int64)
-        try:
-            landed = self._land(new_sources, movers, target_of_client)
-        finally:
-            self._settle(np.concatenate([new_sources, movers]))
-        self._punch_unread(old_frames)
-        # A row is done if both sides are on one frame now.
-        done = self._books.frame[sources[rows]] == self._books.frame[clients[rows]]
-        done &= np.isin(clients[rows], landed)
-        statuses[rows[~done]] = Status.ENOMEM
+        statuses[~good_client] = Status.C_HANDLE_INVALID
+        statuses[~good_source] = Status.S_HANDLE_INVALID
+        # A side that is no shared frame at all is named before any handle is looked at.
+        statuses[is_shared & ~client_is_shared] = Status.C_HANDLE_INVALID
+        statuses[~is_shared] = Status.S_HANDLE_INVALID
+        statuses[same] = Status.OK
+        rows = np.flatnonzero((statuses == Status.OK) & ~same)
+        sources, source_handles = sources[rows], source_handles[rows]
+        clients, client_handles = clients[rows], client_handles[rows]
+        for guest, mine in self._books.by_guest(everybody := np.concatenate([sources, clients])):
+            if not guest.dead:
+                guest.split_huge_pages(np.sort(self._books.local(guest, everybody[mine])))
+        self._give_frames(sources[~source_shared[rows]], source_handles[~source_shared[rows]])
+        done = self._move_onto(clients, client_handles, client_shared[rows], self._books.frame[sources])
+        # The rest was written while others were in flight, or there was no memory for it.
+        left = np.flatnonzero(~done)
+        source_shared, client_shared = self._books.on_frame(sources[left]), self._books.on_frame(clients[left])
+        with self._books.lock:
+            good_source = self._valid(sources[left], source_handles[left], source_shared)
+            good_client = self._valid(clients[left], client_handles[left], client_shared)
+        answers = np.where(good_client, Status.ENOMEM, Status.C_HANDLE_INVALID)
+        answers = np.where(good_source, answers, Status.S_HANDLE_INVALID)
+        ended = self._books.has_ended(sources[left]) | self._books.has_ended(clients[left])
+        statuses[rows[left]] = np.where(ended, Status.ESRCH, answers)
         return statuses
 
-    def _valid(
-        self, ids: Ids, handles: Handles, shared: NDArray[np.bool_], frame_handles: Handles
-    ) -> NDArray[np.bool_]:
+    def _valid(self, ids: Ids, handles: Handles, shared: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which handles are those of their pages now; ``shared`` says which pages are on frames. Under the lock."""
         nominated = ~shared & (self._books.phase[ids] == NOMINATED) & (self._books.handle[ids] == handles)
-        return np.asarray((nominated | (shared & (frame_handles == handles))) & (handles != 0))
+        on_frame = shared & (self._books.frame_handles(ids, shared) == handles)
+        return np.asarray((nominated | on_frame) & (handles != 0))
 
-    def _take_sharers(self, clients: Ids, shared: NDArray[np.bool_], targets: Ids) -> tuple[Ids, Ids]:
-        """Protect, and take in flight, every page on the frames of the shared clients.
+    def _give_frames(self, ids: Ids, handles: Handles) -> None:
+        """Map fresh frames with their contents over those of the pages that are still nominated under these handles."""
+        ids, first = np.unique(ids, return_index=True)
+        handles = handles[first]
+        for flight in self._flights(ids, ids):
+            if pagemap.host_available_bytes() - len(flight) * PAGE_SIZE < self._reserve_bytes:
+                return
+            taken = flight[self._take(ids[flight], handles[flight])]
+            try:
+                frames = self._new_frames(ids[taken])
+                landed = self._map(ids[taken], frames)
+                for books, rows, numbers in self._books.by_pool(frames[landed]):
+                    books.handles[numbers] = handles[taken[landed]][rows]
+                self._punch_unread(frames[~landed])
+            except HostMemoryError:
+                return
+            finally:
+                self._settle(ids[taken])
 
-        :returns: the pages, and for each the source whose frame it is to move to.
+    def _move_onto(
+        self, clients: Ids, handles: Handles, shared: NDArray[np.bool_], frames: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Map frames over clients that are still nominated under these handles, and over all pages that are on the
+        frames of shared clients. A frame that is NOWHERE is left out.
+
+        :returns: for which clients it was done.
         """
-        frames = self._books.frame[clients[shared]]
-        if not len(frames):
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-        order = np.argsort(frames)
-        ids = np.flatnonzero(np.isin(self._books.frame, frames))
-        ids = self._hold(ids[self._books.on_frame(ids)])
-        place = np.searchsorted(frames[order], self._books.frame[ids])
-        return ids, targets[shared][order[place]]
+        there = frames != NOWHERE
+        single = np.flatnonzero(there & ~shared)
+        single = single[np.argsort(clients[single])]
+        for flight in self._flights(clients[single], frames[single]):
+            taken = single[flight]
+            taken = taken[self._take(clients[taken], handles[taken])]
+            try:
+                self._map(clients[taken], frames[taken])
+            finally:
+                self._settle(clients[taken])
+        (whole,) = np.nonzero(there & shared)
+        if len(whole):
+            old_frames = self._books.frame[clients[whole]]
+            order = np.argsort(old_frames)
+            sharers = np.flatnonzero(np.isin(self._books.frame, old_frames))
+            sharers = sharers[self._books.on_frame(sharers)]
+            targets = frames[whole][order[np.searchsorted(old_frames[order], self._books.frame[sharers])]]
+            for flight in self._flights(sharers, targets):
+                held = flight[self._hold(sharers[flight])]
+                try:
+                    self._map(sharers[held], targets[held])
+                finally:
+                    self._settle(sharers[held])
+            self._punch_unread(np.unique(old_frames))
+        return np.asarray(there & (self._books.frame[clients] == frames))
 
-    def _hold(self, ids: Ids) -> Ids:
-        """Take pages in flight that are on frames, protected; returns those that still were when it held."""
+    def _flights(self, ids: Ids, onto: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Cut ascending pages into what is in flight at once: of each guest as many as one table can remap.
+
+        :param onto: what each is mapped to; pages in a run that go to a run are remapped in one call.
+        :returns: places in ``ids``.
+        """
+        of_guests = [rows for _, rows in self._books.by_guest(ids)]
+        for first in range(0, len(of_guests), _HANDS):
+            flights = [self._flights_of(ids[rows], onto[rows], rows) for rows in of_guests[first : first + _HANDS]]
+            for together in itertools.zip_longest(*flights, fillvalue=ids[:0]):
+                yield np.concatenate(together)
+
+    @staticmethod
+    def _flights_of(ids: Ids, onto: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        piece = np.cumsum((np.diff(ids, prepend=ids[:1]) != 1) | (np.diff(onto, prepend=onto[:1]) != 1))
+        first = 0
+        while first < len(rows):
+            end = min(first + MOVED_PAGES, int(np.searchsorted(piece, piece[first] + BATCH_ENTRIES)))
+            yield rows[first:end]
+            first = end
+
+    def _take(self, ids: Ids, handles: Handles) -> NDArray[np.bool_]:
+        """Take those pages in flight that are still nominated under these handles; returns which."""
+        with self._books.lock:
+            standing = np.asarray((self._books.phase[ids] == NOMINATED) & (self._books.handle[ids] == handles))
+            self._books.phase[ids[standing]] = IN_FLIGHT
+        return standing
+
+    def _hold(self, ids: Ids) -> NDArray[np.bool_]:
+        """Take pages in flight that are on frames, protected; returns which still were when it held."""
         with self._books.lock:
             self._books.phase[ids] = IN_FLIGHT
         for guest, rows in self._books.by_guest(ids):
@@ -524,38 +582,13 @@ class QemuHypervisor:
                 self._books.note_end(guest, error)
         kept = self._books.on_frame(ids)
         self._settle(ids[~kept])
-        return ids[kept]
-
-    def _land(self, new_sources: Ids, movers: Ids, targets: Ids) -> Ids:
-        """Give new sources fresh frames, and map the frames of their targets over the movers. All are in flight.
-
-        :returns: the movers that are on their target's frame.
-        """
-        if not len(movers):
-            return movers
-        if pagemap.host_available_bytes() - len(new_sources) * PAGE_SIZE < self._reserve_bytes:
-            return movers[:0]
-        for guest, rows in self._books.by_guest(np.concatenate([new_sources, movers])):
-            if not guest.dead:
-                guest.split_huge_pages(np.sort(self._books.local(guest, np.concatenate([new_sources, movers])[rows])))
-        try:
-            wanted = self._new_frames(new_sources)
-        except HostMemoryError:
-            return movers[:0]
-        handles = self._books.handle[new_sources].copy()
-        landed = self._map(new_sources, wanted)
-        for books, rows, numbers in self._books.by_pool(wanted[landed]):
-            books.handles[numbers] = handles[landed][rows]
-        ready = np.isin(targets, new_sources[landed]) | ~np.isin(targets, new_sources)
-        done = movers[ready][self._map(movers[ready], self._books.frame[targets[ready]])]
-        self._punch_unread(wanted[~landed])
-        return done
+        return kept
 
     def _new_frames(self, sources: Ids) -> NDArray[np.int64]:
         """Copies of the contents of in-flight pages in new frames of their groups' pools."""
         frames = np.empty(len(sources), dtype=np.int64)
         for guest, rows in self._books.by_guest(sources):
-            contents = np.empty((len(rows), PAGE_SIZE), dtype=np.uint8)
+            contents = page_buffer(len(rows))
             guest.read_scattered(self._books.local(guest, sources[rows]), contents)
             number = self._chosen_pool[self._books.groups[guest.domid - 1]]
             books = self._books.pools[number]
@@ -592,30 +625,47 @@ class QemuHypervisor:
         return len(self._books.pools) - 1
 
     def _map(self, ids: Ids, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Map frames over in-flight pages; returns for which it was done."""
+        """Map frames over in-flight pages, in all their guests at once; returns for which it was done."""
         done = np.zeros(len(ids), dtype=np.bool_)
-        for guest, mine in self._books.by_guest(ids):
-            for books, rows, _ in self._books.by_pool(frames[mine]):
-                some = mine[rows]
-                some = some[np.argsort(ids[some])]
-                numbers = frames[some] & ((1 << POOL_SHIFT) - 1)
-                try:
-                    mapped = guest.map_frames(self._books.local(guest, ids[some]), numbers, books.pool)
-                except (NoSuchDomainError, ConnectionLostError) as error:
-                    self._books.note_end(guest, error)
-                    continue
-                finished = some[:mapped]
-                done[finished] = True
-                self._books.frame[ids[finished]] = frames[finished]
-                guest.in_pool[self._books.local(guest, ids[finished])] = True
-                with self._books.lock:
-                    self._books.phase[ids[finished]] = PLAIN
-                    self._books.handle[ids[finished]] = 0
-                self._wake(guest)
+        carry_out(
+            self._map_in(guest, ids[rows], frames[rows], rows, done)
+            for guest, rows in self._books.by_guest(ids)
+            if not guest.dead
+        )
         return done
+
+    def _map_in(
+        self,
+        guest: Attachment,
+        ids: Ids,
+        frames: NDArray[np.int64],
+        places: NDArray[np.int64],
+        done: NDArray[np.bool_],
+    ) -> Steps:
+        # The part of _map that is of one guest; notes in ``done`` at which places it was done.
+        mapped = 0
+        for books, rows, numbers in self._books.by_pool(frames):
+            local = self._books.local(guest, ids[rows])
+            try:
+                mapped = yield from guest.map_frames(local, numbers, books.pool)
+            except (NoSuchDomainError, ConnectionLostError) as error:
+                self._books.note_end(guest, error)
+                break
+            finished = rows[:mapped]
+            self._books.frame[ids[finished]] = frames[finished]
+            guest.in_pool[local[:mapped]] = True
+            done[places[finished]] = True
+            with self._books.lock:
+                self._books.phase[ids[finished]] = PLAIN
+                self._books.handle[ids[finished]] = 0
+            self._wake(guest)
+        return mapped
 
     def _settle(self, ids: Ids) -> None:
         """End the flight of pages that were not remapped: a nominated one keeps its handle, others are let go."""
+        for guest, _ in self._books.by_guest(ids[self._books.phase[ids] == IN_FLIGHT]):
+            with contextlib.suppress(NoSuchDomainError, ConnectionLostError):
+                guest.await_agent()
         with self._books.lock:
             flying = ids[self._books.phase[ids] == IN_FLIGHT]
             again = flying[self._books.handle[flying] != 0]
@@ -729,41 +779,55 @@ class QemuHypervisor:
         ids, statuses = self._books.ids(pages)
         statuses[statuses == Status.EINVAL] = Status.S_HANDLE_INVALID
         good = np.flatnonzero(statuses == Status.OK)
-        mine = ids[good]
-        shared = self._books.on_frame(mine)
-        frame_handles = self._books.frame_handles(mine, shared)
-        with self._books.lock:
-            valid = self._valid(mine, handles[good], shared, frame_handles)
-            valid &= np.isin(np.arange(len(mine)), np.unique(mine, return_index=True)[1])  # a page that comes twice
-            statuses[good[~valid]] = Status.S_HANDLE_INVALID
-            nominated = np.sort(mine[valid & ~shared])
-            self._books.phase[nominated] = IN_FLIGHT
-        held = self._hold(np.sort(mine[valid & shared]))
-        everything = np.sort(np.concatenate([nominated, held]))
-        frames = np.unique(self._books.frame[everything])
-        released: list[Ids] = []
+        _, first = np.unique(ids[good], return_index=True)  # of a page that comes twice, the second handle is dead
+        good, again = good[first], np.delete(good, first)
+        statuses[again] = Status.S_HANDLE_INVALID
+        mine, handles = ids[good], handles[good]
+        for guest, rows in self._books.by_guest(mine):
+            if not guest.dead:
+                guest.split_huge_pages(self._books.local(guest, mine[rows]))
+        released = np.zeros(len(mine), dtype=np.bool_)
+        frames = np.unique(self._books.frame[mine])
+        for flight in self._flights(mine, mine):
+            some = mine[flight]
+            shared = self._books.on_frame(some)
+            with self._books.lock:
+                valid = self._valid(some, handles[flight], shared)
+                self._books.phase[some[valid & ~shared]] = IN_FLIGHT
+            statuses[good[flight[~valid]]] = Status.S_HANDLE_INVALID
+            taken = np.flatnonzero(valid & ~shared)
+            held = np.flatnonzero(valid & shared)
+            held = held[self._hold(some[held])]
+            taken = flight[np.sort(np.concatenate([taken, held]))]
+            try:
+                emptied = carry_out(
+                    self._empty_in(guest, mine[taken[rows]]) for guest, rows in self._books.by_guest(mine[taken])
+                )
+                for (_, rows), count in zip(self._books.by_guest(mine[taken]), emptied, strict=True):
+                    released[taken[rows[:count]]] = True
+            finally:
+                self._settle(mine[taken])
+        self._punch_unread(frames[frames != NOWHERE])
+        statuses[good[~released & (statuses[good] == Status.OK)]] = Status.ENOMEM
+        statuses[good[self._books.has_ended(mine)]] = Status.ESRCH
+        return statuses
+
+    def _empty_in(self, guest: Attachment, ids: Ids) -> Steps:
+        # The part of releasing zero pages that is of one guest; returns how many, from the first on.
+        local = self._books.local(guest, ids)
         try:
-            for guest, rows in self._books.by_guest(everything):
-                some = everything[rows]
-                local = self._books.local(guest, some)
-                guest.split_huge_pages(local)
-                emptied = guest.map_nothing(local, self._books.frame[some] == NOWHERE)
-                done = some[:emptied]
-                self._books.frame[done] = NOWHERE
-                guest.in_pool[local[:emptied]] = False
-                with self._books.lock:
-                    self._books.phase[done] = PLAIN
-                    self._books.handle[done] = 0
-                self._wake(guest)
-                released.append(done)
+            emptied = yield from guest.map_nothing(local, self._books.frame[ids] == NOWHERE)
         except (NoSuchDomainError, ConnectionLostError) as error:
             self._books.note_end(guest, error)
-        finally:
-            self._settle(everything)
-        self._punch_unread(frames[frames != NOWHERE])
-        out = np.concatenate([*released, np.empty(0, dtype=np.int64)])
-        statuses[good[valid & ~np.isin(mine, out)]] = Status.ENOMEM
-        return statuses
+            return 0
+        done = ids[:emptied]
+        self._books.frame[done] = NOWHERE
+        guest.in_pool[local[:emptied]] = False
+        with self._books.lock:
+            self._books.phase[done] = PLAIN
+            self._books.handle[done] = 0
+        self._wake(guest)
+        return emptied
 
     # -- whole guests ----------------------------------------------------------------------------------------------
 
@@ -860,7 +924,7 @@ class QemuHypervisor:
         assert self._watch is not None
         self._watch.remove(guest.session.uffd)
         self._enabled[domid - 1] = False
-        guest.detach()
+        guest.detach(self._injector)
 
     def enlisted(self, domid: DomId) -> GuestProcess:
         """The process behind a domid."""

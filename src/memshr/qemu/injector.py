@@ -1,7 +1,9 @@
 """Puts the agent into a QEMU, and takes its mapping out: the only code that stops a guest's process, for under 2 ms.
 
-Runs as a process of its own (``python -m memshr.qemu.injector attach|detach PID NUMBER FILE``): it has one thread, as
-ptrace needs, it ignores every signal that can be ignored, and it goes on when its parent dies. Prints one line of JSON.
+Runs as a process of its own (``python -m memshr.qemu.injector``, see ``agent.Injector``): it has one thread, as ptrace
+needs, it ignores every signal that can be ignored, and it ends what it has begun when its parent dies. Its standard
+input is a Unix socket (SOCK_SEQPACKET): a request is ``attach PID NUMBER`` or ``detach PID ADDRESS`` with the control
+area's file, an answer is JSON, and the end of the stream is its end.
 
 How a thread of QEMU is borrowed. The main thread is stopped inside a system call (QEMU's waits in ppoll), where its
 registers hold nothing that the kernel has not saved and the system call can be started again. **One PTRACE_SETREGS is
@@ -23,6 +25,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import struct
 import sys
 import time
@@ -345,24 +348,35 @@ def _finish_system_call(tid: int) -> int:
     return _signed(syscalls.ptrace_get_registers(tid).rax)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """The program: one action, one line of JSON."""
+def answer(request: Sequence[str], file: int) -> dict[str, object]:
+    """Do what one request asks for."""
+    action, pid, number = request[0], *map(int, request[1:])
+    control = control_area.ControlArea(file)
+    try:
+        return attach(pid, number, control) if action == "attach" else detach(pid, number)
+    except Refused as refused:
+        return {"refused": refused.args[0], "remedy": refused.args[1]}
+    except (ProcessLookupError, FileNotFoundError):
+        return {"refused": "it has ended", "remedy": "start it again"}
+    finally:
+        control.close()
+
+
+def main() -> None:
+    """The program."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP):
         signal.signal(ignored, signal.SIG_IGN)
     gc.disable()
     # On a busy host others would get their turn while the guest's thread stands still; every wait here sleeps.
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    action, pid, number, file = arguments[0], *map(int, arguments[1:])
-    control = control_area.ControlArea(file)
-    try:
-        answer = attach(pid, number, control) if action == "attach" else detach(pid, number)
-    except Refused as refused:
-        answer = {"refused": refused.args[0], "remedy": refused.args[1]}
-    except (ProcessLookupError, FileNotFoundError):
-        answer = {"refused": "it has ended", "remedy": "start it again"}
-    sys.stdout.write(json.dumps(answer) + "\n")
+    with socket.socket(fileno=sys.stdin.fileno()) as wire:
+        while True:
+            request, files, _, _ = socket.recv_fds(wire, 256, 1)
+            if not request:
+                return
+            wire.send(json.dumps(answer(request.decode().split(), files[0])).encode())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
