@@ -39,7 +39,18 @@ from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprinter, Fin
 from memshr.sharing.groups import Group
 from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, PairReport, SharingReport
 from memshr.sharing.scan import FingerprintPages, Scan, Scanner
-from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, DomId, DomIds, Gfn, Handles, PageArray, PageBytes, Statuses
+from memshr.types import (
+    HUGE_PAGE_PAGES,
+    PAGE_SIZE,
+    DomId,
+    DomIds,
+    Gfn,
+    Handles,
+    PageArray,
+    PageBytes,
+    Statuses,
+    page_buffer,
+)
 
 Mask = NDArray[np.bool_]
 Places = NDArray[np.intp]
@@ -52,19 +63,19 @@ class SharingOptions:
 
     :param max_sharers: gfns that one frame takes at most; further copies get further frames. At least 2.
     :param batch_pages: pages that are nominated, read and shared in one go; rounded up to whole frames of max_sharers.
-        While a batch is under way, writers to its pages wait on some mechanisms.
     :param scan_pages: pages that are read and fingerprinted in one go.
-    :param sample_interval_s: seconds at least between the two samples of running guests. Zero pages are sampled once:
-        writing to one that was given back too soon costs the guest no more than first touching any page does.
+    :param sample_interval_s: seconds at least between the two samples of running guests: long enough to tell pages that
+        are written all the time. Zero pages are sampled once: writing to one that was given back too soon costs the
+        guest no more than first touching any page does.
     :param huge_page_pages: how many pages of a huge page must be worth sharing for it to be split. 0: split always;
         more than HUGE_PAGE_PAGES: never. A huge page saves the processor work; splitting it for next to nothing loses.
     :param threads: threads that fingerprint; None: one for each core.
     """
 
     max_sharers: int = 256
-    batch_pages: int = 1024
+    batch_pages: int = 8192
     scan_pages: int = 2048
-    sample_interval_s: float = 1.0
+    sample_interval_s: float = 0.25
     huge_page_pages: int = 16
     threads: int | None = None
 
@@ -77,7 +88,7 @@ class SharingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a session is. ``phase`` is ``scan``, ``zero pages``, ``second sample`` or ``share``, for one group."""
+    """How far a session is. ``phase`` is ``scan``, ``zero pages`` or ``share``, for one group."""
 
     group: str
     phase: str
@@ -220,7 +231,7 @@ class _GroupSession:
         self._batch_pages = -(-options.batch_pages // options.max_sharers) * options.max_sharers
         self._scanner = Scanner(hypervisor, fingerprint_pages, options.scan_pages)
         self._scanned_s = 0.0
-        self._buffer: PageBytes = np.empty((self._batch_pages, PAGE_SIZE), dtype=np.uint8)
+        self._buffer: PageBytes = page_buffer(self._batch_pages)
         self._oldest_fresh: int | None = None
         # First every page that was scanned, with its fingerprint; then the candidates only, in order of their classes,
         # with what became of each and the handle that its frame had last.
@@ -241,9 +252,6 @@ class _GroupSession:
             self._spare_huge_pages()
             if Capability.ZERO in self._hypervisor.capabilities:
                 self._take_zeros()
-            if Capability.LIVE in self._hypervisor.capabilities and self.stopped is None:
-                self._sample_again()
-                self._spare_huge_pages()
         reached = self.stopped is None
         if reached:
             self._keep_single_zero()
@@ -318,34 +326,6 @@ class _GroupSession:
             except DomainError:
                 continue
 
-    def _sample_again(self) -> None:
-        # Only pages that could be shared are worth a second look. What has changed is dropped.
-        again = repeated(self._fingerprints) | (self._fingerprints == ZERO_PAGE_FINGERPRINT)
-        pages, fingerprints = self._pages[again], self._fingerprints[again]
-        found = []
-        if self._has_frames:  # whoever still is on a frame has not written
-            on_frame = self._hypervisor.frames_of(pages) >= 0
-            found.append((pages[on_frame], fingerprints[on_frame]))
-            pages, fingerprints = pages[~on_frame], fingerprints[~on_frame]
-        rest_s = self._scanned_s + self._options.sample_interval_s - self._clock()
-        if len(pages) and rest_s > 0:
-            self._wait(rest_s)
-        advance = self._advancing("second sample", len(pages))
-        for domid in np.unique(pages.domids).tolist():
-            ours = pages.domids == domid
-            try:
-                scan = self._scanner.scan(domid, pages.gfns[ours], advance)
-            except DomainError:
-                self.books[domid].gone = True
-                continue
-            steady = scan.readable & (scan.fingerprints == fingerprints[ours])
-            self.books[domid].dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
-            self.books[domid].dropped["volatile"] += int(np.count_nonzero(scan.readable & ~steady))
-            found.append(_pages_of(domid, scan, steady))
-        self._pages, self._fingerprints = _joined(found)
-        if self._has_frames:
-            self._order()
-
     def _spare_huge_pages(self) -> None:
         # Leave out what lies in huge pages of which too few pages could be shared or released.
         if not self._options.huge_page_pages:
@@ -363,11 +343,6 @@ class _GroupSession:
         keep = np.ones(len(self._pages), np.bool_)
         keep[rows[spared]] = False
         self._pages, self._fingerprints = self._pages[keep], self._fingerprints[keep]
-
-    def _order(self) -> None:
-        # By domain and gfn again.
-        order = np.lexsort((self._pages.gfns, self._pages.domids))
-        self._pages, self._fingerprints = self._pages[order], self._fingerprints[order]
 
     def _advancing(self, phase: str, total_pages: int) -> Callable[[int], None]:
         done_pages = 0
@@ -405,6 +380,17 @@ class _GroupSession:
         self._drop_by_status(nominated.pages, statuses, _REASONS)
         self._unshare(nominated.pages[nominated.fresh & ~good])
         return nominated[good], words[good]
+
+    def _steady(
+        self, nominated: _Nominated, words: NDArray[np.uint64], scanned: Fingerprints
+    ) -> tuple[_Nominated, NDArray[np.uint64]]:
+        # The pages that have not changed since the first sample; the others drop out.
+        steady = self._fingerprint_pages(words.view(np.uint8)) == scanned
+        if steady.all():
+            return nominated, words
+        self._drop("volatile", nominated.pages[~steady])
+        self._unshare(nominated.pages[nominated.fresh & ~steady])
+        return nominated[steady], words[steady]
 
     def _drop(self, reason: str, pages: PageArray) -> None:
         domids, counts = np.unique(pages.domids, return_counts=True)
@@ -484,6 +470,7 @@ class _GroupSession:
         rows, classes = np.arange(len(candidates)), candidates.classes
         if len(rows) and self._fingerprints[candidates.rows[0]] == ZERO_PAGE_FINGERPRINT:
             self._zero_content = 0  # classify puts them first
+        of_class = self._fingerprints[candidates.rows[_starts(classes)]]
         self._pages, self._fingerprints = self._pages[candidates.rows], self._fingerprints[:0].copy()
         self._contents = np.full(len(rows), _NOT_REACHED, np.int64)
         self._frames = np.zeros(len(rows), np.uint64)
@@ -496,11 +483,17 @@ class _GroupSession:
             settled = self._settle(classes)
             advance(int(np.count_nonzero(settled)))
             rows, classes = rows[~settled], classes[~settled]
+        live = Capability.LIVE in self._hypervisor.capabilities
+        if live and len(rows):
+            self._wait_for_second_sample()
         while len(rows):
             attempt += 1
             deferred_rows, deferred_fingerprints = [rows[:0]], [_NONE]
             for first, end in _batches(classes, self._batch_pages):
-                differ = self._share_batch(rows[first:end], classes[first:end], reference, self._group.seed + attempt)
+                scanned = of_class[classes[first:end]] if live and attempt == 1 else None
+                differ = self._share_batch(
+                    rows[first:end], classes[first:end], scanned, reference, self._group.seed + attempt
+                )
                 deferred_rows.append(differ[0])
                 deferred_fingerprints.append(differ[1])
                 advance(end - first if attempt == 1 else 0)
@@ -537,13 +530,23 @@ class _GroupSession:
         self._frames[mask] = frames[mask].astype(np.uint64) | _FRAME_NAME
         return mask
 
-    def _share_batch(self, rows: Rows, classes: Classes, reference: _Reference, seed: int) -> tuple[Rows, Fingerprints]:
-        # One batch from nominate to share. Returns the rows whose contents are not those of their class, not shared
-        # and not nominated any more, with fingerprints by which to find them partners.
+    def _wait_for_second_sample(self) -> None:
+        rest_s = self._scanned_s + self._options.sample_interval_s - self._clock()
+        if rest_s > 0:
+            self._wait(rest_s)
+
+    def _share_batch(
+        self, rows: Rows, classes: Classes, scanned: Fingerprints | None, reference: _Reference, seed: int
+    ) -> tuple[Rows, Fingerprints]:
+        # One batch from nominate to share. ``scanned`` has the fingerprints of the first sample, if what is read now is
+        # a second one. Returns the rows whose contents are not those of their class, not shared and not nominated any
+        # more, with fingerprints by which to find them partners.
         nominated = self._nominate(self._pages[rows])
         try:
             self._contents[rows] = _OUT
             readable, words = self._read(nominated)
+            if scanned is not None:
+                readable, words = self._steady(readable, words, scanned[readable.places])
             rows, classes = rows[readable.places], classes[readable.places]
             equal = _equal_to_reference(words, classes, reference)
             differing = rows[~equal]
