@@ -48,6 +48,8 @@ STOP, RUN, UNMERGE = 0, 1, 2
 
 GOAL = 0.95
 POLL_S = 0.01
+WATCH_S = 0.05
+"""between two counts of frames; one takes some 30 ms of a processor that what is measured may want, too"""
 PRECISION = 0.01
 """of times that are long: looking more often would cost processor time and find nothing new"""
 
@@ -71,8 +73,9 @@ class Result:
     ``given_back_pages`` is how many frames fewer the guests have afterwards, counted in /proc/PID/pagemap (for memshr
     by up to its number of shared frames too many: one that no guest has read since it was mapped does not show there);
     ``to_goal_s`` when that reached GOAL of what is sharable, None if not at all; ``seconds`` until it had done.
-    ``cpu_s`` is all processor time until then: its own, the kernel's for it, and that of the agent threads in QEMU (of
-    paused guests: all that QEMU used); ``resting_cpu`` what it goes on using, as a share of one processor;
+    ``cpu_s`` is all processor time: its own, the kernel's for it, and that of the agent threads in QEMU (of paused
+    guests: all that QEMU used); for memshr until it had done, its audit included, for KSM until it had merged the last
+    page that it did merge. ``resting_cpu`` is what it goes on using, as a share of one processor;
     ``again_cpu_s`` what a second run with nothing changed costs (paused guests, memshr only: KSM never stops looking).
     Write times are the guests' own measurement, the worst of all guests.
     """
@@ -205,7 +208,7 @@ def _watch_frames(ranges: Mapping[int, Sequence[tuple[int, int]]], connection: C
     begin = time.monotonic()
     samples = [(begin, used_frames(ranges))]
     connection.send("ready")
-    while not connection.poll(max(POLL_S, PRECISION * (time.monotonic() - begin))):
+    while not connection.poll(max(WATCH_S, PRECISION * (time.monotonic() - begin))):
         samples.append((time.monotonic(), used_frames(ranges)))
     samples.append((time.monotonic(), used_frames(ranges)))
     connection.send(samples)
@@ -215,7 +218,7 @@ def _measure(
     mechanism: str,
     state: State,
     guests: Sequence[LinuxGuest],
-    run: Callable[[], object],
+    run: Callable[[], float | None],
     cpu_s: Callable[[], float],
     *,
     again: bool = False,
@@ -228,8 +231,8 @@ def _measure(
             guest.wait_rounds(1)
     with FrameWatch(guests) as watch:
         available_before, cpu_before, begin = available_mib(), cpu_s(), time.monotonic()
-        run()
-        end, cpu_after, available_after = time.monotonic(), cpu_s(), available_mib()
+        cpu_at_last = run()
+        end, cpu_after, available_after = time.monotonic(), cpu_at_last or cpu_s(), available_mib()
         timed = [guest.checker() for guest in guests] if state == "busy" else []
     rest_begin, rest_cpu = time.monotonic(), cpu_s()
     time.sleep(REST_S)
@@ -339,14 +342,15 @@ def measure_ksm(state: State, guests: Sequence[LinuxGuest], values: Mapping[str,
     """Let KSM run with these settings until it has settled, or for ``deadline_s``."""
     ksmd = ksm_thread()
 
-    def run() -> None:
-        most, at_scan = 0, 0
+    def run() -> float:
+        most, at_scan, cpu_s = 0, 0, 0.0
         deadline = time.monotonic() + deadline_s
         _set_ksm({"run": RUN})
         while time.monotonic() < deadline and not (most and ksm_value("full_scans") >= at_scan + SETTLED_SCANS):
             time.sleep(POLL_S)
             if (sharing := ksm_value("pages_sharing") + ksm_value("ksm_zero_pages")) > most:
-                most, at_scan = sharing, ksm_value("full_scans")
+                most, at_scan, cpu_s = sharing, ksm_value("full_scans"), thread_cpu_s(ksmd)
+        return cpu_s
 
     name = "KSM" if values["pages_to_scan"] == FULL_THROTTLE["pages_to_scan"] else "KSM at defaults"
     with ksm_settings(values):

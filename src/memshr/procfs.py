@@ -104,11 +104,14 @@ class Mappings(Sequence[Mapping]):
         self.inode = _numbers(text, blanks[3] + 1, inode_end, 10)
         places: dict[bytes, int] = {b"": 0}
         self.name = np.zeros(len(line), dtype=np.int64)
-        (with_path,) = np.nonzero(line_end > inode_end + 1)
-        self.name[with_path] = [
-            places.setdefault(maps[begin:end], len(places))
-            for begin, end in zip(inode_end[with_path].tolist(), line_end[with_path].tolist(), strict=True)
-        ]
+        (left,) = np.nonzero(line_end > inode_end + 1)
+        while len(left):
+            # The path of the first line that is left, and all lines that have the same.
+            begin, end = int(inode_end[left[0]]), int(line_end[left[0]])
+            same = left[line_end[left] - inode_end[left] == end - begin]
+            same = same[(_pieces(text, inode_end[same], end - begin) == text[begin:end]).all(axis=1)]
+            self.name[same] = places.setdefault(maps[begin:end], len(places))
+            left = np.setdiff1d(left, same, assume_unique=True)
         self.paths: list[str] = [os.fsdecode(path.lstrip(b" ")) for path in places]
 
     def __len__(self) -> int:
@@ -142,6 +145,11 @@ class Mappings(Sequence[Mapping]):
         return np.asarray(self.flags[:, 3] == ord("s"))
 
     @property
+    def executable(self) -> NDArray[np.bool_]:
+        """Which lines may be executed, shape ``(n,)``."""
+        return np.asarray(self.flags[:, 2] == ord("x"))
+
+    @property
     def ordinary(self) -> NDArray[np.bool_]:
         """Which lines are private memory of no file that can be read and written, shape ``(n,)``."""
         wanted = np.frombuffer(b"rwp", dtype=np.uint8)
@@ -169,18 +177,24 @@ _DIGITS[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 def _numbers(
     text: NDArray[np.uint8], first: NDArray[np.int64], end: NDArray[np.int64], base: int
 ) -> NDArray[np.uint64]:
-    # The numbers that are written in ``text`` from each of ``first`` up to each of ``end``; column by column.
+    # The numbers that are written in ``text`` from each of ``first`` up to each of ``end``.
     values = np.zeros(len(first), dtype=np.uint64)
     lengths = end - first
     if len(first) and not 1 <= lengths.min() <= lengths.max() <= 20:
         raise ValueError("a line of maps has a field that is no number")
-    for column in range(int(lengths.max(initial=0))):
-        inside = column < lengths
-        digits = _DIGITS[text[np.where(inside, first + column, first)]]
+    for length in np.flatnonzero(np.bincount(lengths)).tolist():
+        (rows,) = np.nonzero(lengths == length)
+        digits = _DIGITS[_pieces(text, first[rows], length)]
         if (digits >= base).any():
             raise ValueError("a line of maps has a field that is no number")
-        values = np.where(inside, values * np.uint64(base) + digits, values)
+        for column in range(length):
+            values[rows] = values[rows] * np.uint64(base) + digits[:, column]
     return values
+
+
+def _pieces(text: NDArray[np.uint8], first: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
+    # The ``length`` bytes from each of ``first`` on, shape ``(n, length)``.
+    return np.lib.stride_tricks.sliding_window_view(text, length)[first]
 
 
 def process_mappings(pid: int, *, of: str = "") -> Mappings:

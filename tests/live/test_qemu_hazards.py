@@ -19,7 +19,7 @@ from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
 from memshr.errors import ConnectionLostError, HostMemoryError, NoSuchDomainError, RefusedDomainError, Status
 from memshr.procfs import process_mappings
 from memshr.qemu import attachment, syscalls
-from memshr.qemu.agent import is_in_session
+from memshr.qemu.agent import Session, entries, is_in_session
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.pool import FramePool
 from memshr.sharing.groups import trust_groups
@@ -507,6 +507,40 @@ def test_protection_outlives_memshr_until_its_last_table_is_done(qtest_pair: tup
     with QtestHost([guest], groups={}) as later:
         assert later.hypervisor.counters() == Counters(0, 0)
         assert later.hypervisor.audit().clean
+
+
+def test_ctrl_c_lets_nobody_write_under_a_table(
+    host: QtestHost, qtest_pair: tuple[QtestGuest, QtestGuest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our wait for the agent can be interrupted, its table cannot: until that has ended writers must wait."""
+    guest = qtest_pair[0]
+    for each in qtest_pair:
+        fill(each, page(4))
+    both = [run_of(domid, 1) for domid in (FIRST, SECOND)]
+    handles = [host.hypervisor.nominate_gfns(pages)[0] for pages in both]
+    post = Session.post
+    posted = threading.Event()
+
+    def post_slowly(session: Session, table: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> None:
+        if table[0, 0] == syscalls.NR_MMAP:
+            post(session, np.concatenate([entries([(7, 0, 0, 1500)], results=[0]), table]))
+            posted.set()
+        else:
+            post(session, table)
+
+    def write() -> None:
+        posted.wait()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        guest.write(FIRST_GFN * PAGE_SIZE + 8, b"in between")
+
+    monkeypatch.setattr(Session, "post", post_slowly)
+    writer = threading.Thread(target=write)
+    writer.start()
+    with pytest.raises(KeyboardInterrupt):
+        host.hypervisor.share_gfns_many(both[0], handles[0], both[1], handles[1])
+    writer.join()
+    assert pool_mappings(guest) == 1, "the table has done its work"
+    assert guest.read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(4)[:8] + b"in between" + page(4)[18:]
 
 
 def test_next_memshr_waits_for_the_last_table_of_a_dead_one(qtest_pair: tuple[QtestGuest, QtestGuest]) -> None:

@@ -300,7 +300,8 @@ class Attachment:
         """
         pid, name = self.process.pid, self.process.name
         with self.process.monitor() as monitor:
-            reasons = guests.refusals(self.process, monitor, self.layout)
+            mappings = self._mappings()
+            reasons = guests.refusals(self.process, monitor, self.layout, mappings)
             if reasons:
                 raise RefusedDomainError(
                     f"guest {name} ({pid}) must not be touched: {'; '.join(map(str, reasons))}",
@@ -309,7 +310,9 @@ class Attachment:
                 )
             self.must_drain = bool(guests.direct_drives(monitor))
             try:
-                control = ControlArea.find(pid) or agent.install(pid, name, monitor, injector)
+                code = mappings.named(control_area.MAPPED_CONTROL.__eq__) & mappings.executable
+                places = [f"{place.start:x}-{place.end:x}" for place in mappings.of(code)]
+                control = ControlArea.find(pid, places) or agent.install(pid, name, monitor, injector)
                 try:
                     self.session = Session.open(pid, self.pidfd, name, control, monitor)
                 except BaseException:

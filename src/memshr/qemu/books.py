@@ -216,7 +216,7 @@ class GuestBooks:
     def by_guest(self, ids: Ids) -> list[tuple[Attachment, NDArray[np.int64]]]:
         # Each guest that has some of these pages, with the rows of ``ids`` that are its.
         row = np.searchsorted(self.base, ids, side="right") - 1
-        return [(self.guests[int(each)], np.flatnonzero(row == each)) for each in np.unique(row)]
+        return [(self.guests[each], np.flatnonzero(row == each)) for each in _present(row)]
 
     def local(self, guest: Attachment, ids: Ids) -> NDArray[np.int64]:
         return np.asarray(ids - self.base[guest.domid - 1])
@@ -231,7 +231,7 @@ class GuestBooks:
         ids = np.full(len(pages), -1, dtype=np.int64)
         statuses = np.full(len(pages), Status.ESRCH, dtype=np.int32)
         statuses[pages.domids == 0] = Status.EPERM
-        for domid in np.unique(pages.domids).tolist():
+        for domid in _present(pages.domids):
             if not 0 < domid <= len(self.guests) or self.guests[domid - 1].dead:
                 continue
             rows = np.flatnonzero(pages.domids == domid)
@@ -282,7 +282,7 @@ class GuestBooks:
         # Each pool that has some of these frames, with the rows of ``frames`` that are its and their numbers in it.
         pools = frames >> POOL_SHIFT
         found = []
-        for number in np.unique(pools).tolist():
+        for number in _present(pools):
             rows = np.flatnonzero(pools == number)
             self.pools[number].grow()
             found.append((self.pools[number], rows, frames[rows] & ((1 << POOL_SHIFT) - 1)))
@@ -477,6 +477,12 @@ class GuestBooks:
                     for frame in some[rows[(known != 0) & (known != sums)]].tolist()
                 ]
         return findings
+
+
+def _present(numbers: NDArray[np.integer]) -> list[int]:
+    # The small numbers that are there, ascending; numpy.unique would sort all of them.
+    found: list[int] = np.flatnonzero(np.bincount(numbers)).tolist()
+    return found
 
 
 def _group_of_each(processes: Sequence[GuestProcess], groups: Mapping[str, Collection[str]]) -> list[str]:

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -252,13 +252,14 @@ class ControlArea:
         return control
 
     @classmethod
-    def find(cls, pid: int) -> Self | None:
+    def find(cls, pid: int, places: Sequence[str] | None = None) -> Self | None:
         """The control area that some memshr has put into this QEMU, if its thread lives.
 
+        :param places: as for ``find_all``.
         :raises OSError: the process is gone, or we may not look into it.
         """
         found = None
-        for control in cls.find_all(pid):
+        for control in cls.find_all(pid, places):
             if found is None and control.thread_lives(pid):
                 found = control
             else:
@@ -266,16 +267,19 @@ class ControlArea:
         return found
 
     @classmethod
-    def find_all(cls, pid: int) -> list[Self]:
+    def find_all(cls, pid: int, places: Sequence[str] | None = None) -> list[Self]:
         """Every control area in a QEMU, also such whose thread has ended; the caller closes them.
 
         There is more than one if a memshr died while it put one in.
 
+        :param places: the addresses of the executable mappings of ``MAPPED_CONTROL``, as the kernel writes them, if the
+            caller has just looked.
         :raises OSError: the process is gone, or we may not look into it.
         """
         found = []
-        for place in _MAPPED_CODE.findall(Path(f"/proc/{pid}/maps").read_bytes()):
-            addresses = place.decode()
+        if places is None:
+            places = [place.decode() for place in _MAPPED_CODE.findall(Path(f"/proc/{pid}/maps").read_bytes())]
+        for addresses in places:
             # SAFETY: a QEMU that has been broken out of could show us a file of its own under this name; only we can
             # make one that belongs to us.
             try:

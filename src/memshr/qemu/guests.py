@@ -354,17 +354,20 @@ def host_refusals() -> tuple[Refusal, ...]:
     return ()
 
 
-def refusals(guest: GuestProcess, monitor: Monitor | Refusal, layout: Sequence[RamRange]) -> tuple[Refusal, ...]:
+def refusals(
+    guest: GuestProcess, monitor: Monitor | Refusal, layout: Sequence[RamRange], mappings: Mappings | None = None
+) -> tuple[Refusal, ...]:
     """Every reason why this guest must not be touched; empty if there is none.
 
     A seccomp filter is not judged here: that takes stopping the guest's main thread for a moment, which attaching does.
 
     :param monitor: or why it cannot be used, which is a reason.
     :param layout: what ``memory_layout`` said.
+    :param mappings: what the guest has mapped, if the caller has just looked.
     """
     found = [*host_refusals(), *_process_refusals(guest)]
     try:
-        mappings = guest.mappings()
+        mappings = mappings or guest.mappings()
         found += mapping_refusals(mappings, layout, _on_hugetlbfs(guest.pid, mappings))
     except OSError as error:
         found.append(_unreadable(error))
