@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NoReturn
 
@@ -71,8 +72,8 @@ from memshr.types import (
 )
 
 _WINDOW_PAGES: Final = MOVED_PAGES
-_HANDS: Final = 8
-"""Guests that are remapped at the same time."""
+_HANDS: Final = min(8, len(os.sched_getaffinity(0)))
+"""Guests that are remapped at the same time; more than there are processors would only hold each other up."""
 DEFAULT_RESERVE_BYTES: Final = 256 << 20
 """Memory of the host that sharing and unsharing leave alone."""
 
@@ -497,8 +498,8 @@ class QemuHypervisor:
         for flight in self._flights(ids, ids):
             if pagemap.host_available_bytes() - len(flight) * PAGE_SIZE < self._reserve_bytes:
                 return
-            taken = flight[self._take(ids[flight], handles[flight])]
             try:
+                taken = flight[self._take(ids[flight], handles[flight])]
                 frames = self._new_frames(ids[taken])
                 landed = self._map(ids[taken], frames)
                 for books, rows, numbers in self._books.by_pool(frames[landed]):
@@ -507,7 +508,7 @@ class QemuHypervisor:
             except HostMemoryError:
                 return
             finally:
-                self._settle(ids[taken])
+                self._settle(ids[flight])
 
     def _move_onto(
         self, clients: Ids, handles: Handles, shared: NDArray[np.bool_], frames: NDArray[np.int64]
@@ -521,12 +522,12 @@ class QemuHypervisor:
         single = np.flatnonzero(there & ~shared)
         single = single[np.argsort(clients[single])]
         for flight in self._flights(clients[single], frames[single]):
-            taken = single[flight]
-            taken = taken[self._take(clients[taken], handles[taken])]
+            some = single[flight]
             try:
+                taken = some[self._take(clients[some], handles[some])]
                 self._map(clients[taken], frames[taken])
             finally:
-                self._settle(clients[taken])
+                self._settle(clients[some])
         (whole,) = np.nonzero(there & shared)
         if len(whole):
             old_frames = self._books.frame[clients[whole]]
@@ -535,11 +536,11 @@ class QemuHypervisor:
             sharers = sharers[self._books.on_frame(sharers)]
             targets = frames[whole][order[np.searchsorted(old_frames[order], self._books.frame[sharers])]]
             for flight in self._flights(sharers, targets):
-                held = flight[self._hold(sharers[flight])]
                 try:
+                    held = flight[self._hold(sharers[flight])]
                     self._map(sharers[held], targets[held])
                 finally:
-                    self._settle(sharers[held])
+                    self._settle(sharers[flight])
             self._punch_unread(np.unique(old_frames))
         return np.asarray(there & (self._books.frame[clients] == frames))
 
@@ -791,22 +792,20 @@ class QemuHypervisor:
         for flight in self._flights(mine, mine):
             some = mine[flight]
             shared = self._books.on_frame(some)
-            with self._books.lock:
-                valid = self._valid(some, handles[flight], shared)
-                self._books.phase[some[valid & ~shared]] = IN_FLIGHT
-            statuses[good[flight[~valid]]] = Status.S_HANDLE_INVALID
-            taken = np.flatnonzero(valid & ~shared)
-            held = np.flatnonzero(valid & shared)
-            held = held[self._hold(some[held])]
-            taken = flight[np.sort(np.concatenate([taken, held]))]
             try:
-                emptied = carry_out(
-                    self._empty_in(guest, mine[taken[rows]]) for guest, rows in self._books.by_guest(mine[taken])
-                )
-                for (_, rows), count in zip(self._books.by_guest(mine[taken]), emptied, strict=True):
+                with self._books.lock:
+                    valid = self._valid(some, handles[flight], shared)
+                    self._books.phase[some[valid & ~shared]] = IN_FLIGHT
+                statuses[good[flight[~valid]]] = Status.S_HANDLE_INVALID
+                held = np.flatnonzero(valid & shared)
+                valid[held] = self._hold(some[held])
+                taken = flight[valid]
+                parts = self._books.by_guest(mine[taken])
+                emptied = carry_out(self._empty_in(guest, mine[taken[rows]]) for guest, rows in parts)
+                for (_, rows), count in zip(parts, emptied, strict=True):
                     released[taken[rows[:count]]] = True
             finally:
-                self._settle(mine[taken])
+                self._settle(some)
         self._punch_unread(frames[frames != NOWHERE])
         statuses[good[~released & (statuses[good] == Status.OK)]] = Status.ENOMEM
         statuses[good[self._books.has_ended(mine)]] = Status.ESRCH
