@@ -239,6 +239,8 @@ class Session:
                     f"the agent in guest {name} ({pid}) does not answer", remedy="is QEMU stopped or frozen?"
                 )
             monitor.remove_descriptors()
+            # While it is at work somebody may be waiting for it, and the guest's own processors are busy.
+            syscalls.hurry(control.thread(pid))
             (made,) = control.get(SLOTS_AT + 4, "<i")
             if made < 0:
                 raise RefusedDomainError(

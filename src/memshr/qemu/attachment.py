@@ -33,8 +33,8 @@ Pages = NDArray[np.int64]
 """page numbers of one guest, shape ``(n,)``, ascending and distinct unless said otherwise"""
 
 BATCH_ENTRIES: Final = 384
-"""Mappings that one table changes: a writer of one of its pages waits for the rest of the table (here 7 to 11 us for
-each isolated page, so about 4 ms at most)."""
+"""Mappings that one table changes: a writer of one of its pages waits for the rest of the table (7 to 20 us for each
+isolated page on the development machine, so 8 ms at most if nobody is in the agent's way)."""
 BATCH_PAGES: Final = BATCH_ENTRIES
 """Pages that are in flight together, for the same reason: each may be an isolated one."""
 MOVED_PAGES: Final = 1024

@@ -297,14 +297,18 @@ class ControlArea:
                 control.close()
         return found
 
-    def thread_lives(self, pid: int) -> bool:
-        """Whether the agent's thread is there, in the QEMU that we know as ``pid``.
+    def thread(self, pid: int) -> int | None:
+        """The agent's thread, as we number it, in the QEMU that we know as ``pid``; None: it is not there.
 
         The thread has noted its number as QEMU's own PID namespace counts (gettid(2)), which is another than ours if
         QEMU lives in a container: proc(5), NSpid.
         """
         (tid,) = self.get(TID_AT, "<i")
-        return tid != 0 and any(number == tid for number in _threads_inside(pid))
+        return next((ours for ours, inside in _threads(pid) if inside == tid != 0), None)
+
+    def thread_lives(self, pid: int) -> bool:
+        """Whether the agent's thread is there."""
+        return self.thread(pid) is not None
 
     @property
     def data_address(self) -> int:
@@ -336,8 +340,8 @@ class ControlArea:
             self.memory.close()
 
 
-def _threads_inside(pid: int) -> Iterator[int]:
-    # The numbers that the threads of a process have in its own PID namespace.
+def _threads(pid: int) -> Iterator[tuple[int, int]]:
+    # The threads of a process: their numbers here, and in its own PID namespace.
     for status in Path(f"/proc/{pid}/task").glob("*/status"):
         try:
             lines = status.read_text().splitlines()
@@ -345,4 +349,4 @@ def _threads_inside(pid: int) -> Iterator[int]:
             continue
         for line in lines:
             if line.startswith("NSpid:"):
-                yield int(line.split()[-1])
+                yield int(status.parent.name), int(line.split()[-1])

@@ -71,6 +71,7 @@ class WriteWatch:
 
     def _run(self) -> None:
         buffer = np.zeros(_MESSAGES, dtype=_MESSAGE)
+        syscalls.hurry(threading.get_native_id())
         try:
             while True:
                 for uffd, events in self._poll.poll():

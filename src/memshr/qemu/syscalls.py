@@ -10,6 +10,7 @@ Sources (Linux 6.1 headers, stable ABI): ``asm/unistd_64.h``, ``asm-generic/mman
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -61,6 +62,9 @@ MADV_HUGEPAGE: Final = 14
 MADV_NOHUGEPAGE: Final = 15
 MADV_DONTDUMP: Final = 16
 MADV_COLD: Final = 20
+
+_MOST_URGENT: Final = -20
+"""the lowest nice value: sys/resource.h"""
 
 # linux/fcntl.h, linux/memfd.h
 F_DUPFD_CLOEXEC: Final = 1030
@@ -283,6 +287,19 @@ def userfaultfd_write_protect(uffd: int, runs: Iterable[tuple[int, int]], protec
 def userfaultfd_wake(uffd: int, address: int, length_bytes: int) -> None:
     """Let whoever waits at a fault in this range try again; the range need not be registered any more."""
     _ioctl("UFFDIO_WAKE", uffd, _UFFDIO_WAKE, _Words(address, length_bytes))
+
+
+# -- scheduling --------------------------------------------------------------------------------------------------------
+
+
+def hurry(tid: int | None) -> None:
+    """Have the scheduler prefer a thread (setpriority(2), which on Linux is of threads); None is no thread.
+
+    What is not permitted is left as it is: it is a question of how long, and of nothing else.
+    """
+    if tid is not None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, tid, _MOST_URGENT)
 
 
 # -- futex -------------------------------------------------------------------------------------------------------------
