@@ -152,6 +152,13 @@ def test_second_memshr_is_told_who_is_at_work(qemu: Path) -> None:
         assert f"process {os.getpid()} " in done.stderr
 
 
+def test_agent_is_scheduled_before_the_guest(qemu: Path) -> None:
+    with booted(qemu, "urgent") as (guest,), QtestHost([guest]):
+        threads = [int(task.name) for task in Path(f"/proc/{guest.pid}/task").iterdir()]
+        nice = [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads]
+        assert sorted(nice) == [-20, *[0] * (len(threads) - 1)]
+
+
 def test_qemu_in_a_pid_namespace_of_its_own(qemu: Path) -> None:
     """As in a container: QEMU's threads have other numbers there than the host knows them by."""
 
