@@ -16,7 +16,14 @@ import pytest
 from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
-from memshr.errors import ConnectionLostError, HostMemoryError, NoSuchDomainError, RefusedDomainError, Status
+from memshr.errors import (
+    ConnectionLostError,
+    HostMemoryError,
+    NoSuchDomainError,
+    NotSharableError,
+    RefusedDomainError,
+    Status,
+)
 from memshr.procfs import process_mappings
 from memshr.qemu import attachment, syscalls
 from memshr.qemu.agent import Session, entries, is_in_session
@@ -507,6 +514,42 @@ def test_protection_outlives_memshr_until_its_last_table_is_done(qtest_pair: tup
     with QtestHost([guest], groups={}) as later:
         assert later.hypervisor.counters() == Counters(0, 0)
         assert later.hypervisor.audit().clean
+
+
+def copied_since_it_was_shared(host: QtestHost, domid: DomId) -> None:
+    """The first page of both guests has been shared; this one has written to its own, which is in the mapping still."""
+    for guest in host.guests:
+        fill(guest, page(1))
+    assert not share(host, run_of(FIRST, 1), run_of(SECOND, 1)).any()
+    fill(host.guests[domid - 1], page(2))
+
+
+def test_source_that_gets_no_frame_gives_nobody_the_frame_that_it_was_on(host: QtestHost) -> None:
+    copied_since_it_was_shared(host, FIRST)
+    fill(host.guests[1], page(2), first=FIRST_GFN + 8)
+    client = PageArray.of_domain(SECOND, np.array([FIRST_GFN + 8]))
+    handles = [host.hypervisor.nominate_gfns(pages)[0] for pages in (run_of(FIRST, 1), client)]
+    host.hypervisor._reserve_bytes = 1 << 60
+    statuses = host.hypervisor.share_gfns_many(run_of(FIRST, 1), handles[0], client, handles[1])
+    assert statuses.tolist() == [Status.ENOMEM]
+    assert host.read(SECOND, Gfn(FIRST_GFN + 8)) == page(2)
+    assert host.read(FIRST, Gfn(FIRST_GFN)) == page(2)
+    assert host.hypervisor.audit().clean
+
+
+def test_client_that_was_not_remapped_is_not_said_to_be_on_the_frame(
+    host: QtestHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied_since_it_was_shared(host, SECOND)
+    fill(host.guests[1], page(1))
+    handles = [host.hypervisor.nominate_gfns(run_of(domid, 1))[0] for domid in (FIRST, SECOND)]
+    # As if it were written just before it is taken in flight.
+    monkeypatch.setattr(host.hypervisor, "_take", lambda ids, _: np.zeros(len(ids), np.bool_))
+    statuses = host.hypervisor.share_gfns_many(run_of(FIRST, 1), handles[0], run_of(SECOND, 1), handles[1])
+    assert statuses.all()
+    host.hypervisor.unshare_gfn(SECOND, Gfn(FIRST_GFN))  # takes the nomination back
+    with pytest.raises(NotSharableError):
+        host.hypervisor.debug_gfn(SECOND, Gfn(FIRST_GFN))
 
 
 def test_ctrl_c_lets_nobody_write_under_a_table(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.qemu_host import booted, process_of
 from memshr.qemu import agent, control_area
@@ -70,6 +71,22 @@ def test_the_death_of_the_injector_harms_nobody(qemu: Path) -> None:
         assert guest.alive
 
 
+class Interrupted(socket.socket):
+    """A Ctrl-C comes while we wait for an answer."""
+
+    def recv(self, *_: object) -> bytes:
+        raise KeyboardInterrupt
+
+
+def test_answer_of_the_injector_that_nobody_waited_for_is_not_taken_for_the_next_one(tmp_path: Path) -> None:
+    injector = agent.Injector()
+    injector._wire = Interrupted(fileno=injector._start().detach())
+    with (tmp_path / "file").open("wb") as file, pytest.raises(KeyboardInterrupt):
+        injector.ask("attach", os.getpid(), 0, file.fileno())
+    assert injector._wire is None
+    assert injector._process is None
+
+
 def test_agent_runs_tables_until_the_first_surprise(qemu: Path) -> None:
     with booted(qemu, "tables") as (guest,), process_of(guest).monitor() as monitor:
         injector = agent.Injector()
@@ -80,6 +97,11 @@ def test_agent_runs_tables_until_the_first_surprise(qemu: Path) -> None:
             assert session.call(39) == guest.pid
             table = agent.entries([(39,), (39,), (39,)], results=[guest.pid, 1, guest.pid])
             assert session.run(table) == 1, "a table stops at its first surprise"
+            # A Ctrl-C has left an answer unread: it is not taken for that of the next table.
+            session.post(agent.entries([(39,)], results=[guest.pid]))
+            wait_until(lambda: session.control.get(control_area.STATE_AT, "<I") == (4,), 10, "the table is done")
+            session._answer_is_due = False
+            assert session.run(agent.entries([(7, 0, 0, 300), (39,)], results=[0, guest.pid])) == 2
             with pytest.raises(agent.AgentCallError) as caught:
                 session.run_all(agent.entries([(3, 12345)], results=[0]), "closing what is not open")
             assert caught.value.errno == 9

@@ -114,6 +114,9 @@ class Injector:
             answer = wire.recv(1 << 16)
         except OSError:
             answer = b""
+        except BaseException:
+            self.close()  # its answer would be taken for that of the next request
+            raise
         if not answer:
             assert self._process is not None
             said = self._process.communicate()[1].decode(errors="replace").strip()
@@ -293,7 +296,7 @@ class Session:
         """
         while self._answer_is_due:
             try:
-                answer = self._wire.recv(_ANSWERS)
+                answer = self._wire.recv(_ANSWERS, socket.MSG_PEEK)
             except TimeoutError:
                 self._withdraw()
                 continue
@@ -301,8 +304,9 @@ class Session:
                 raise ConnectionLostError("QEMU has ended") from error
             if not answer:
                 raise ConnectionLostError("QEMU has ended")
-            # The state decides, not the byte, which may be that of an earlier table: see Ctrl-C.
+            # The state decides, and before the byte is taken away: a Ctrl-C between leaves it to the next table.
             self._answer_is_due = self.control.get(STATE_AT, "<I") != (_DONE,)
+            self._wire.recv(len(answer))
 
     @property
     def done(self) -> int:

@@ -471,8 +471,11 @@ class QemuHypervisor:
         for guest, mine in self._books.by_guest(everybody := np.concatenate([sources, clients])):
             if not guest.dead:
                 guest.split_huge_pages(np.sort(self._books.local(guest, everybody[mine])))
-        self._give_frames(sources[~source_shared[rows]], source_handles[~source_shared[rows]])
-        done = self._move_onto(clients, client_handles, client_shared[rows], self._books.frame[sources])
+        # A source that does not get its frame may lie in the mapping of an old one, of which it has been a copy since.
+        new = ~source_shared[rows]
+        given = self._give_frames(sources[new], source_handles[new])
+        frames = np.where(new & ~np.isin(sources, given), NOWHERE, self._books.frame[sources])
+        done = self._move_onto(clients, client_handles, client_shared[rows], frames)
         # The rest was written while others were in flight, or there was no memory for it.
         left = np.flatnonzero(~done)
         source_shared, client_shared = self._books.on_frame(sources[left]), self._books.on_frame(clients[left])
@@ -491,24 +494,30 @@ class QemuHypervisor:
         on_frame = shared & (self._books.frame_handles(ids, shared) == handles)
         return np.asarray((nominated | on_frame) & (handles != 0))
 
-    def _give_frames(self, ids: Ids, handles: Handles) -> None:
-        """Map fresh frames with their contents over those of the pages that are still nominated under these handles."""
+    def _give_frames(self, ids: Ids, handles: Handles) -> Ids:
+        """Map fresh frames with their contents over those of the pages that are still nominated under these handles.
+
+        :returns: the pages for which it was done.
+        """
         ids, first = np.unique(ids, return_index=True)
         handles = handles[first]
+        given = np.zeros(len(ids), dtype=np.bool_)
         for flight in self._flights(ids, ids):
             if pagemap.host_available_bytes() - len(flight) * PAGE_SIZE < self._reserve_bytes:
-                return
+                break
             try:
                 taken = flight[self._take(ids[flight], handles[flight])]
                 frames = self._new_frames(ids[taken])
                 landed = self._map(ids[taken], frames)
                 for books, rows, numbers in self._books.by_pool(frames[landed]):
                     books.handles[numbers] = handles[taken[landed]][rows]
+                given[taken[landed]] = True
                 self._punch_unread(frames[~landed])
             except HostMemoryError:
-                return
+                break
             finally:
                 self._settle(ids[flight])
+        return ids[given]
 
     def _move_onto(
         self, clients: Ids, handles: Handles, shared: NDArray[np.bool_], frames: NDArray[np.int64]
@@ -519,13 +528,14 @@ class QemuHypervisor:
         :returns: for which clients it was done.
         """
         there = frames != NOWHERE
+        done = np.zeros(len(clients), dtype=np.bool_)
         single = np.flatnonzero(there & ~shared)
         single = single[np.argsort(clients[single])]
         for flight in self._flights(clients[single], frames[single]):
             some = single[flight]
             try:
                 taken = some[self._take(clients[some], handles[some])]
-                self._map(clients[taken], frames[taken])
+                done[taken] = self._map(clients[taken], frames[taken])
             finally:
                 self._settle(clients[some])
         (whole,) = np.nonzero(there & shared)
@@ -541,8 +551,9 @@ class QemuHypervisor:
                     self._map(sharers[held], targets[held])
                 finally:
                     self._settle(sharers[flight])
+            done[whole] = self._books.frame[clients[whole]] == frames[whole]
             self._punch_unread(np.unique(old_frames))
-        return np.asarray(there & (self._books.frame[clients] == frames))
+        return done
 
     def _flights(self, ids: Ids, onto: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Cut ascending pages into what is in flight at once: of each guest as many as one table can remap.
