@@ -544,7 +544,7 @@ def test_client_that_was_not_remapped_is_not_said_to_be_on_the_frame(
     fill(host.guests[1], page(1))
     handles = [host.hypervisor.nominate_gfns(run_of(domid, 1))[0] for domid in (FIRST, SECOND)]
     # As if it were written just before it is taken in flight.
-    monkeypatch.setattr(host.hypervisor, "_take", lambda ids, _: np.zeros(len(ids), np.bool_))
+    monkeypatch.setattr(host.hypervisor._remapping, "take", lambda ids, _: np.zeros(len(ids), np.bool_))
     statuses = host.hypervisor.share_gfns_many(run_of(FIRST, 1), handles[0], run_of(SECOND, 1), handles[1])
     assert statuses.all()
     host.hypervisor.unshare_gfn(SECOND, Gfn(FIRST_GFN))  # takes the nomination back

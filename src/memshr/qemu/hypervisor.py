@@ -16,9 +16,7 @@ The rules:
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NoReturn
 
 import numpy as np
@@ -38,7 +36,7 @@ from memshr.errors import (
 from memshr.hypervisor import Capability, error_of
 from memshr.qemu import pagemap
 from memshr.qemu.agent import Injector
-from memshr.qemu.attachment import BATCH_ENTRIES, BATCH_PAGES, MOVED_PAGES, Attachment, Steps, carry_out
+from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment
 from memshr.qemu.books import (
     IN_FLIGHT,
     NOMINATED,
@@ -55,6 +53,7 @@ from memshr.qemu.guests import GuestProcess
 from memshr.qemu.lock import GuestLock
 from memshr.qemu.pool import FramePool
 from memshr.qemu.protection import WriteWatch
+from memshr.qemu.remapping import Remapping
 from memshr.types import (
     PAGE_SIZE,
     AuditReport,
@@ -72,8 +71,6 @@ from memshr.types import (
 )
 
 _WINDOW_PAGES: Final = MOVED_PAGES
-_HANDS: Final = min(8, len(os.sched_getaffinity(0)))
-"""Guests that are remapped at the same time; more than there are processors would only hold each other up."""
 DEFAULT_RESERVE_BYTES: Final = 256 << 20
 """Memory of the host that sharing and unsharing leave alone."""
 
@@ -106,6 +103,7 @@ class QemuHypervisor:
         self._enabled = [False] * len(processes)
         self._chosen_pool: dict[str, int] = {}
         self._books = GuestBooks(processes, groups or {})
+        self._remapping = Remapping(self._books)
         try:
             self._watch = WriteWatch(self._on_writes, self._on_end, self._on_failure)
         except BaseException:
@@ -502,13 +500,13 @@ class QemuHypervisor:
         ids, first = np.unique(ids, return_index=True)
         handles = handles[first]
         given = np.zeros(len(ids), dtype=np.bool_)
-        for flight in self._flights(ids, ids):
+        for flight in self._remapping.flights(ids, ids):
             if pagemap.host_available_bytes() - len(flight) * PAGE_SIZE < self._reserve_bytes:
                 break
             try:
-                taken = flight[self._take(ids[flight], handles[flight])]
+                taken = flight[self._remapping.take(ids[flight], handles[flight])]
                 frames = self._new_frames(ids[taken])
-                landed = self._map(ids[taken], frames)
+                landed = self._remapping.map(ids[taken], frames)
                 for books, rows, numbers in self._books.by_pool(frames[landed]):
                     books.handles[numbers] = handles[taken[landed]][rows]
                 given[taken[landed]] = True
@@ -516,7 +514,7 @@ class QemuHypervisor:
             except HostMemoryError:
                 break
             finally:
-                self._settle(ids[flight])
+                self._remapping.settle(ids[flight])
         return ids[given]
 
     def _move_onto(
@@ -531,13 +529,13 @@ class QemuHypervisor:
         done = np.zeros(len(clients), dtype=np.bool_)
         single = np.flatnonzero(there & ~shared)
         single = single[np.argsort(clients[single])]
-        for flight in self._flights(clients[single], frames[single]):
+        for flight in self._remapping.flights(clients[single], frames[single]):
             some = single[flight]
             try:
-                taken = some[self._take(clients[some], handles[some])]
-                done[taken] = self._map(clients[taken], frames[taken])
+                taken = some[self._remapping.take(clients[some], handles[some])]
+                done[taken] = self._remapping.map(clients[taken], frames[taken])
             finally:
-                self._settle(clients[some])
+                self._remapping.settle(clients[some])
         (whole,) = np.nonzero(there & shared)
         if len(whole):
             old_frames = self._books.frame[clients[whole]]
@@ -545,56 +543,15 @@ class QemuHypervisor:
             sharers = np.flatnonzero(np.isin(self._books.frame, old_frames))
             sharers = sharers[self._books.on_frame(sharers)]
             targets = frames[whole][order[np.searchsorted(old_frames[order], self._books.frame[sharers])]]
-            for flight in self._flights(sharers, targets):
+            for flight in self._remapping.flights(sharers, targets):
                 try:
-                    held = flight[self._hold(sharers[flight])]
-                    self._map(sharers[held], targets[held])
+                    held = flight[self._remapping.hold(sharers[flight])]
+                    self._remapping.map(sharers[held], targets[held])
                 finally:
-                    self._settle(sharers[flight])
+                    self._remapping.settle(sharers[flight])
             done[whole] = self._books.frame[clients[whole]] == frames[whole]
             self._punch_unread(np.unique(old_frames))
         return done
-
-    def _flights(self, ids: Ids, onto: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Cut ascending pages into what is in flight at once: of each guest as many as one table can remap.
-
-        :param onto: what each is mapped to; pages in a run that go to a run are remapped in one call.
-        :returns: places in ``ids``.
-        """
-        of_guests = [rows for _, rows in self._books.by_guest(ids)]
-        for first in range(0, len(of_guests), _HANDS):
-            flights = [self._flights_of(ids[rows], onto[rows], rows) for rows in of_guests[first : first + _HANDS]]
-            for together in itertools.zip_longest(*flights, fillvalue=ids[:0]):
-                yield np.concatenate(together)
-
-    @staticmethod
-    def _flights_of(ids: Ids, onto: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        piece = np.cumsum((np.diff(ids, prepend=ids[:1]) != 1) | (np.diff(onto, prepend=onto[:1]) != 1))
-        first = 0
-        while first < len(rows):
-            end = min(first + MOVED_PAGES, int(np.searchsorted(piece, piece[first] + BATCH_ENTRIES)))
-            yield rows[first:end]
-            first = end
-
-    def _take(self, ids: Ids, handles: Handles) -> NDArray[np.bool_]:
-        """Take those pages in flight that are still nominated under these handles; returns which."""
-        with self._books.lock:
-            standing = np.asarray((self._books.phase[ids] == NOMINATED) & (self._books.handle[ids] == handles))
-            self._books.phase[ids[standing]] = IN_FLIGHT
-        return standing
-
-    def _hold(self, ids: Ids) -> NDArray[np.bool_]:
-        """Take pages in flight that are on frames, protected; returns which still were when it held."""
-        with self._books.lock:
-            self._books.phase[ids] = IN_FLIGHT
-        for guest, rows in self._books.by_guest(ids):
-            try:
-                guest.protect(self._books.local(guest, ids[rows]))
-            except (NoSuchDomainError, ConnectionLostError) as error:
-                self._books.note_end(guest, error)
-        kept = self._books.on_frame(ids)
-        self._settle(ids[~kept])
-        return kept
 
     def _new_frames(self, sources: Ids) -> NDArray[np.int64]:
         """Copies of the contents of in-flight pages in new frames of their groups' pools."""
@@ -635,66 +592,6 @@ class QemuHypervisor:
                 return number
         self._books.pools.append(PoolBooks(FramePool.create(group)))
         return len(self._books.pools) - 1
-
-    def _map(self, ids: Ids, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Map frames over in-flight pages, in all their guests at once; returns for which it was done."""
-        done = np.zeros(len(ids), dtype=np.bool_)
-        carry_out(
-            self._map_in(guest, ids[rows], frames[rows], rows, done)
-            for guest, rows in self._books.by_guest(ids)
-            if not guest.dead
-        )
-        return done
-
-    def _map_in(
-        self,
-        guest: Attachment,
-        ids: Ids,
-        frames: NDArray[np.int64],
-        places: NDArray[np.int64],
-        done: NDArray[np.bool_],
-    ) -> Steps:
-        # The part of _map that is of one guest; notes in ``done`` at which places it was done.
-        mapped = 0
-        for books, rows, numbers in self._books.by_pool(frames):
-            local = self._books.local(guest, ids[rows])
-            try:
-                mapped = yield from guest.map_frames(local, numbers, books.pool)
-            except (NoSuchDomainError, ConnectionLostError) as error:
-                self._books.note_end(guest, error)
-                break
-            finished = rows[:mapped]
-            self._books.frame[ids[finished]] = frames[finished]
-            guest.in_pool[local[:mapped]] = True
-            done[places[finished]] = True
-            with self._books.lock:
-                self._books.phase[ids[finished]] = PLAIN
-                self._books.handle[ids[finished]] = 0
-            self._wake(guest)
-        return mapped
-
-    def _settle(self, ids: Ids) -> None:
-        """End the flight of pages that were not remapped: a nominated one keeps its handle, others are let go."""
-        for guest, _ in self._books.by_guest(ids[self._books.phase[ids] == IN_FLIGHT]):
-            with contextlib.suppress(NoSuchDomainError, ConnectionLostError):
-                guest.await_agent()
-        with self._books.lock:
-            flying = ids[self._books.phase[ids] == IN_FLIGHT]
-            again = flying[self._books.handle[flying] != 0]
-            loose = np.unique(flying[self._books.handle[flying] == 0])
-            self._books.phase[again] = NOMINATED
-            self._books.phase[loose] = PLAIN
-        for guest, rows in self._books.by_guest(loose):
-            if not guest.dead:
-                guest.unprotect(self._books.local(guest, loose[rows]))
-        for guest, _ in self._books.by_guest(again):
-            self._wake(guest)
-
-    def _wake(self, guest: Attachment) -> None:
-        try:
-            guest.wake()
-        except NoSuchDomainError:
-            guest.dead = True
 
     def _punch_unread(self, frames: NDArray[np.int64]) -> int:
         """Give back the memory of those of these frames that nobody reads; returns how many."""
@@ -756,34 +653,10 @@ class QemuHypervisor:
             return False
         # A disk request that is under way would go on writing into the page that is replaced.
         with guest.stopped() if guest.must_drain else contextlib.nullcontext():
-            return self._move_at_once(guest, ids)
-
-    def _move_at_once(self, guest: Attachment, ids: Ids) -> bool:
-        local = self._books.local(guest, ids)
-        moved = 0
-        with self._books.lock:
-            self._books.phase[ids] = IN_FLIGHT
-        try:
-            guest.protect(local)
-            # Not before: a guest may write to a page that was empty, and what it wrote would not be copied.
-            entries = guest.entries(local)
-            filled = (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries)) | guest.in_pool[local]
-            moved = guest.make_private(local, filled)
-        except HostMemoryError:
-            return False
-        except (NoSuchDomainError, ConnectionLostError) as error:
-            self._books.note_end(guest, error)
-            return False
-        finally:
-            done = ids[:moved]
-            self._books.frame[done] = NOWHERE
-            guest.in_pool[local[:moved]] = False
-            with self._books.lock:
-                self._books.phase[done] = PLAIN
-            if not guest.dead:
-                self._settle(ids)
-                self._wake(guest)
-        return moved == len(ids)
+            try:
+                return self._remapping.make_private(guest, ids) == len(ids)
+            except HostMemoryError:
+                return False
 
     def release_zero_pages(self, pages: PageArray, handles: Handles) -> Statuses:
         """As the seam says: the page is dropped, and the next read finds the kernel's zero page."""
@@ -800,7 +673,7 @@ class QemuHypervisor:
                 guest.split_huge_pages(self._books.local(guest, mine[rows]))
         released = np.zeros(len(mine), dtype=np.bool_)
         frames = np.unique(self._books.frame[mine])
-        for flight in self._flights(mine, mine):
+        for flight in self._remapping.flights(mine, mine):
             some = mine[flight]
             shared = self._books.on_frame(some)
             try:
@@ -809,35 +682,15 @@ class QemuHypervisor:
                     self._books.phase[some[valid & ~shared]] = IN_FLIGHT
                 statuses[good[flight[~valid]]] = Status.S_HANDLE_INVALID
                 held = np.flatnonzero(valid & shared)
-                valid[held] = self._hold(some[held])
+                valid[held] = self._remapping.hold(some[held])
                 taken = flight[valid]
-                parts = self._books.by_guest(mine[taken])
-                emptied = carry_out(self._empty_in(guest, mine[taken[rows]]) for guest, rows in parts)
-                for (_, rows), count in zip(parts, emptied, strict=True):
-                    released[taken[rows[:count]]] = True
+                released[taken] = self._remapping.empty(mine[taken])
             finally:
-                self._settle(some)
+                self._remapping.settle(some)
         self._punch_unread(frames[frames != NOWHERE])
         statuses[good[~released & (statuses[good] == Status.OK)]] = Status.ENOMEM
         statuses[good[self._books.has_ended(mine)]] = Status.ESRCH
         return statuses
-
-    def _empty_in(self, guest: Attachment, ids: Ids) -> Steps:
-        # The part of releasing zero pages that is of one guest; returns how many, from the first on.
-        local = self._books.local(guest, ids)
-        try:
-            emptied = yield from guest.map_nothing(local, self._books.frame[ids] == NOWHERE)
-        except (NoSuchDomainError, ConnectionLostError) as error:
-            self._books.note_end(guest, error)
-            return 0
-        done = ids[:emptied]
-        self._books.frame[done] = NOWHERE
-        guest.in_pool[local[:emptied]] = False
-        with self._books.lock:
-            self._books.phase[done] = PLAIN
-            self._books.handle[done] = 0
-        self._wake(guest)
-        return emptied
 
     # -- whole guests ----------------------------------------------------------------------------------------------
 
