@@ -78,23 +78,24 @@ class Mappings(Sequence[Mapping]):
     :raises ValueError: a line is not of the form that the kernel writes.
 
     ``start``, ``end``, ``offset`` (bytes) and ``inode`` are uint64, ``flags`` the four letters as uint8, shape
-    ``(n, 4)``; ``name`` has for each line the place of its path in ``paths``, where each path is once.
+    ``(n, 4)``; ``name`` has for each line the place of its path in ``paths``, where each path is once. ``maps`` is what
+    was parsed.
     """
 
     def __init__(self, maps: bytes) -> None:
+        self.maps = maps
         text = np.frombuffer(maps, dtype=np.uint8)
         (line_end,) = np.nonzero(text == ord("\n"))
         if len(text) and text[-1] != ord("\n"):
             line_end = np.append(line_end, len(text))
         line = np.concatenate([[0], line_end[:-1] + 1]).astype(np.int64)[: len(line_end)]
         # Four blanks follow the first four fields; a fifth follows the inode if there is more on the line.
-        (blank,) = np.nonzero(text == ord(" "))
-        blanks = [_next(blank, line, number, len(text)) for number in range(5)]
+        blanks = _next(text, b" ", line, 5)
         if (blanks[3] >= line_end).any():
             raise ValueError("a line of maps has too few fields")
         inode_end = np.minimum(blanks[4], line_end)
-        dashes = _next(np.flatnonzero(text == ord("-")), line, 0, len(text))
-        colons = _next(np.flatnonzero(text == ord(":")), blanks[2], 0, len(text))
+        (dashes,) = _next(text, b"-", line, 1)
+        (colons,) = _next(text, b":", blanks[2], 1)
         self.start = _numbers(text, line, dashes, 16)
         self.end = _numbers(text, dashes + 1, blanks[0], 16)
         self.flags = text[blanks[0][:, None] + np.arange(1, 5)]
@@ -164,10 +165,12 @@ class Mappings(Sequence[Mapping]):
         return [self[row] for row in np.flatnonzero(which).tolist()]
 
 
-def _next(places: NDArray[np.int64], after: NDArray[np.int64], number: int, none: int) -> NDArray[np.int64]:
-    # Of the ascending ``places`` the ``number``-th from each of ``after`` on; ``none`` where there are not so many.
-    at = np.searchsorted(places, after) + number
-    return np.asarray(np.append(places, none)[np.minimum(at, len(places))])
+def _next(text: NDArray[np.uint8], letter: bytes, after: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+    # Where ``letter`` is for the first, second, ... ``count``-th time from each of ``after`` on; the end of the text
+    # where it is not.
+    places = np.append(np.flatnonzero(text == ord(letter)), len(text))
+    at = np.searchsorted(places, after)
+    return [places[np.minimum(at + number, len(places) - 1)] for number in range(count)]
 
 
 _DIGITS = np.full(256, 255, dtype=np.uint64)
@@ -187,8 +190,7 @@ def _numbers(
         digits = _DIGITS[_pieces(text, first[rows], length)]
         if (digits >= base).any():
             raise ValueError("a line of maps has a field that is no number")
-        for column in range(length):
-            values[rows] = values[rows] * np.uint64(base) + digits[:, column]
+        values[rows] = digits @ np.uint64(base) ** np.arange(length, dtype=np.uint64)[::-1]
     return values
 
 
@@ -197,16 +199,18 @@ def _pieces(text: NDArray[np.uint8], first: NDArray[np.int64], length: int) -> N
     return np.lib.stride_tricks.sliding_window_view(text, length)[first]
 
 
-def process_mappings(pid: int, *, of: str = "") -> Mappings:
+def process_mappings(pid: int, *, of: str = "", last: Mappings | None = None) -> Mappings:
     """What a process has mapped now, in order of address.
 
     :param of: leave out, unread, whatever does not have this text in its line.
+    :param last: what this said before: returned once more, the same object, if nothing has changed since. Reading is
+        then all that it costs, a third.
     :raises OSError: it has ended (or is a kernel thread: then there is nothing), or we may not look.
     """
     maps = Path(f"/proc/{pid}/maps").read_bytes()
     if of:
         maps = b"".join(line for line in re.findall(b".*\n", maps) if os.fsencode(of) in line)
-    return Mappings(maps)
+    return last if last is not None and last.maps == maps else Mappings(maps)
 
 
 def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from guests.linux import LinuxGuest
 from guests.pages import backed_pages, count_pages
 from memshr.procfs import process_mappings
+from memshr.qemu.agent import is_in_session
 from memshr.qemu.guests import inspect_process
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.sharing.fingerprint import SEED_BITS
@@ -70,6 +71,33 @@ def test_a_session_saves_what_an_exact_count_says(guest_pair: Pair) -> None:
             guest.wait_rounds(1, ("files", "checker"))
         hypervisor.fold_back()
         assert run(hypervisor, groups).shared_pages > 0
+
+
+def test_a_run_over_unchanged_guests_attaches_to_none_of_them(guest_pair: Pair) -> None:
+    groups = {"all": [guest.name for guest in guest_pair]}
+    processes = [process for guest in guest_pair if (process := inspect_process(guest.pid)) is not None]
+    for guest in guest_pair:
+        guest.pause()
+    with QemuHypervisor(processes, groups=groups) as hypervisor:
+        first = run(hypervisor, groups)
+        hypervisor.fold_back()
+    with QemuHypervisor(processes, groups=groups) as hypervisor:
+        again = run(hypervisor, groups)
+        assert hypervisor.fold_back() == 0
+        assert not any(is_in_session(guest.pid) for guest in guest_pair)
+        assert again.counters == first.counters
+        assert (again.shared_pages, again.zero_pages) == (first.shared_pages, 0)
+    for guest in guest_pair:
+        guest.resume()
+    for guest in guest_pair:
+        guest.wait_rounds(1, ("files", "checker"))
+    with opened(guest_pair, groups) as hypervisor:
+        copied = sum(hypervisor.guest_figures(info.domid).copied_pages for info in hypervisor.domains())
+        assert copied > 0, "the guests have rewritten their memory"
+        hypervisor.fold_back()
+        left = sum(hypervisor.guest_figures(info.domid).copied_pages for info in hypervisor.domains())
+        assert left < copied / 2, "they go on, but most of what they had copied has been folded back"
+        assert not hypervisor.audit().findings
 
 
 def test_frames_of_a_group_that_was_dissolved_take_no_new_sharers(guest_pair: Pair) -> None:

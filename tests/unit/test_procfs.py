@@ -11,7 +11,7 @@ import pytest
 
 from child_process import child
 from memshr.errors import ImageError
-from memshr.procfs import Mapping, Mappings, ProcessMemory, true_runs
+from memshr.procfs import Mapping, Mappings, ProcessMemory, process_mappings, true_runs
 
 PAGE = 4096
 
@@ -54,6 +54,15 @@ def test_many_mappings_as_columns() -> None:
     assert chosen.tolist() == [False, True, True, False]
     assert mappings.of(chosen) == mappings[1:3]
     assert mappings[3].path == "/b"
+
+
+def test_mappings_are_parsed_anew_only_if_they_have_changed() -> None:
+    before = process_mappings(os.getpid())
+    assert process_mappings(os.getpid(), last=before) is before
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_SHARED):
+        during = process_mappings(os.getpid(), last=before)
+    assert during is not before
+    assert len(during) > len(before)
 
 
 @pytest.mark.parametrize("line", [b"no maps\n", b"10-20 rw-p 0 0:0\n", b"1x-20 rw-p 0 00:00 0 \n", b"\n"])

@@ -26,6 +26,7 @@ from memshr.types import (
     DomId,
     Extent,
     Gfn,
+    Handle,
     Handles,
     PageArray,
     PageBytes,
@@ -68,6 +69,10 @@ class BusyHost(EmbeddedHypervisor):
     def read_pages(self, pages: PageArray, out: PageBytes) -> Statuses:
         with self._around("read_pages"):
             return super().read_pages(pages, out)
+
+    def nominate_gfn(self, domid: DomId, gfn: Gfn) -> Handle:
+        with self._around("nominate_gfn"):
+            return super().nominate_gfn(domid, gfn)
 
     def nominate_gfns(self, pages: PageArray) -> tuple[Handles, Statuses]:
         with self._around("nominate_gfns"):
@@ -399,6 +404,21 @@ def test_a_second_run_finds_nothing_new_and_counts_the_same(
     assert second.zero_pages == 0
     assert second.pairs == first.pairs
     assert contents_of(host) == contents
+
+
+def test_a_second_run_nominates_nothing_even_if_pages_collide() -> None:
+    host = a_host([1, 2, 3, 1, 1], [4, 2, 5, 3, 1])
+    crippled = Crippled(1)
+    first = run(host, fingerprinting=crippled)
+
+    def nominated() -> None:
+        raise AssertionError("nominated")
+
+    host.before["nominate_gfns"] = host.before["nominate_gfn"] = [nominated]
+    second = run(host, fingerprinting=crippled)
+    assert second == first
+    assert second.collisions == 6
+    assert contents_of(host) == contents_of(a_host([1, 2, 3, 1, 1], [4, 2, 5, 3, 1]))
 
 
 # -- examples --------------------------------------------------------------------------------------------------------

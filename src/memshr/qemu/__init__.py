@@ -9,6 +9,9 @@
 ``pagemap``     what the kernel says about each page
 ``status``      every guest of the host with what it shares, for whoever looks on
 ``lock``        one memshr at a time for each guest
+``attachment``  one guest whose pages can be protected and remapped
+``books``       who is on which frame, as the kernel says; figures and audit
+``remapping``   pages in flight: until when their writers wait
 ``hypervisor``  the seam, on top of these
 ``syscalls``    ctypes, all of it
 """

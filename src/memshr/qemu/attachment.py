@@ -123,6 +123,7 @@ class Attachment:
         self._pool_numbers: dict[int, int] = {}
         self._flags: frozenset[str] = frozenset()
         self._mappings_left = 0
+        self._last_mappings: Mappings | None = None
         with contextlib.ExitStack() as undo:
             try:
                 self.pidfd = os.pidfd_open(process.pid)
@@ -213,14 +214,16 @@ class Attachment:
             self.dead = True
             raise self.gone() from error
 
-    def _mappings(self) -> Mappings:
+    def mappings(self) -> Mappings:
+        """What QEMU has mapped now; the same object as the last time in this session if nothing has changed since."""
         try:
-            mappings = process_mappings(self.process.pid)
+            mappings = process_mappings(self.process.pid, last=self._last_mappings)
         except OSError as error:
             raise self._failed(error) from error
         if not len(mappings):
             self.dead = True
             raise self.gone()
+        self._last_mappings = mappings
         return mappings
 
     def read_run(self, first: int, out: PageBytes) -> None:
@@ -257,12 +260,12 @@ class Attachment:
                 self.dead = True
                 raise self.gone()
 
-    def pool_mappings(self, mappings: Mappings | None = None) -> Iterator[PoolMappings]:
+    @staticmethod
+    def pool_mappings(mappings: Mappings) -> Iterator[PoolMappings]:
         """Where QEMU has frame pools mapped, one by one; made for tens of thousands of mappings.
 
-        :param mappings: what it has mapped, if the caller has just looked.
+        :param mappings: what it has mapped.
         """
-        mappings = mappings or self._mappings()
         pools = of_pools(mappings)
         files = np.stack([mappings.name, mappings.inode.astype(np.int64)], axis=1)
         for file in np.unique(files[pools], axis=0):
@@ -300,7 +303,7 @@ class Attachment:
         """
         pid, name = self.process.pid, self.process.name
         with self.process.monitor() as monitor:
-            mappings = self._mappings()
+            mappings = self.mappings()
             reasons = guests.refusals(self.process, monitor, self.layout, mappings)
             if reasons:
                 raise RefusedDomainError(
@@ -319,7 +322,7 @@ class Attachment:
                     control.close()
                     raise
                 self._control = control
-                mappings = self._mappings()
+                mappings = self.mappings()
                 self._flags = self._ram_flags(mappings)
                 self.register()
                 self._note_count(mappings)
@@ -346,7 +349,7 @@ class Attachment:
 
     def count_mappings(self) -> None:
         """See how many mappings QEMU may still get."""
-        self._note_count(self._mappings())
+        self._note_count(self.mappings())
 
     def _note_count(self, mappings: Mappings) -> None:
         self._mappings_left = pagemap.map_count_limit() - MAP_RESERVE - len(mappings)
@@ -403,6 +406,7 @@ class Attachment:
         session, self.session = self.session, None
         control, self._control = self._control, None
         self._pool_numbers.clear()
+        self._last_mappings = None
         if session is not None:
             session.close()
         if control is not None:
@@ -414,6 +418,7 @@ class Attachment:
         session, self.session = self.working_session(), None
         control, self._control = self._control, None
         self._pool_numbers.clear()
+        self._last_mappings = None
         session.end_agent(pid)
         if control is not None:
             control.close()
@@ -591,7 +596,7 @@ class Attachment:
             finished = int(np.searchsorted(ends, session.done, side="right"))
             done += finished
             if finished < len(batch):
-                self._clear_side(self._mappings())
+                self._clear_side(self.mappings())
                 break
         return done
 
@@ -689,7 +694,7 @@ class Attachment:
         self._unregistered[pages[:moved]] = True
         if done < len(table):
             failure = session.failure(done, "copying pages back")
-            self._clear_side(self._mappings())
+            self._clear_side(self.mappings())
             if not moved:
                 raise HostMemoryError(
                     f"no memory to give pages of guest {self.process.name} their own copy: {failure}",

@@ -134,8 +134,9 @@ class GuestBooks:
             self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
             self._weights += np.uint64(1)
             self._buffer = page_buffer(512)
+            self._read_from: dict[DomId, Mappings] = {}
             for guest in self.guests:
-                self.rebuild(guest)
+                self.rebuild(guest, guest.mappings())
         except BaseException:
             self.close()
             raise
@@ -150,8 +151,10 @@ class GuestBooks:
 
     # -- the truth of the host ----------------------------------------------------------------------------------------
 
-    def rebuild(self, guest: Attachment, mappings: Mappings | None = None) -> None:
-        """Read from maps, or from what has just been read there, which frame is mapped at each page of a guest."""
+    def rebuild(self, guest: Attachment, mappings: Mappings) -> None:
+        """Read from what QEMU has mapped which frame is at each page of a guest that we have not changed since."""
+        if mappings is self._read_from.get(guest.domid):
+            return
         base = int(self.base[guest.domid - 1])
         frames, findings = self._mapped_frames(guest, mappings)
         if findings:
@@ -159,10 +162,9 @@ class GuestBooks:
         self.frame[base : base + guest.pages] = frames
         guest.in_pool[:] = frames != NOWHERE
         self.give_frame_handles(frames[guest.in_pool])  # older, and so smaller, than any that is yet to come
+        self._read_from[guest.domid] = mappings
 
-    def _mapped_frames(
-        self, guest: Attachment, mappings: Mappings | None = None
-    ) -> tuple[NDArray[np.int64], list[AuditFinding]]:
+    def _mapped_frames(self, guest: Attachment, mappings: Mappings) -> tuple[NDArray[np.int64], list[AuditFinding]]:
         frames = np.full(guest.pages, NOWHERE, dtype=np.int64)
         findings = []
         known: dict[int, int] = {books.pool.inode: number for number, books in enumerate(self.pools)}
@@ -338,7 +340,7 @@ class GuestBooks:
         for guest in self.guests:
             if guest.session is None and not guest.dead:
                 with contextlib.suppress(NoSuchDomainError):
-                    self.rebuild(guest)
+                    self.rebuild(guest, guest.mappings())
 
     # -- figures ------------------------------------------------------------------------------------------------------
 
@@ -401,14 +403,16 @@ class GuestBooks:
         was shared (I8); a nominated page that is on a frame (I5). ``xen_errors`` counts the findings that Xen's own
         walk, from reverse map to p2m, would have counted.
         """
-        self.look_again()
         findings: list[AuditFinding] = []
         xen_errors = 0
         for guest in self.guests:
             if guest.dead:
                 continue
             try:
-                mapped, foreign = self._mapped_frames(guest)
+                mappings = guest.mappings()
+                if guest.session is None:
+                    self.rebuild(guest, mappings)  # as look_again: there is nothing that we believe
+                mapped, foreign = self._mapped_frames(guest, mappings)
             except NoSuchDomainError:
                 continue
             findings += foreign

@@ -573,10 +573,7 @@ class QemuHypervisor:
         groups = {self._books.groups[guest.domid - 1] for guest in guests}
         for group in groups:
             if not any(self._books.whole(books) for books in self._books.pools if books.pool.group == group):
-                # Perhaps for want of a session with a guest of ours that reads the group's pool.
-                for other in self._books.guests:
-                    with contextlib.suppress(MemshrError):
-                        self._settle_books(other)
+                self._settle_readers()  # perhaps it is for want of a session with one of them
             self._chosen_pool[group] = self._pool_for(group)
         for guest in guests:
             for books in self._books.pools:
@@ -634,9 +631,12 @@ class QemuHypervisor:
             if not guest.dead:
                 guest.unprotect(self._books.local(guest, nominated[rows]))
 
-    def _make_private(self, ids: Ids) -> None:
+    def _make_private(self, ids: Ids) -> int:
         """Give pages (ascending, distinct, not nominated) anonymous memory of their own, and unread frames back to
-        the host. Stops where the host has no memory left; what was done shows in ``_frame``."""
+        the host. Stops where the host has no memory left; what was done shows in the books.
+
+        :returns: how many frames were given back.
+        """
         frames = np.unique(self._books.frame[ids])
         for guest, rows in self._books.by_guest(ids):
             if guest.session is None:
@@ -645,7 +645,7 @@ class QemuHypervisor:
                 some = rows[start : start + BATCH_PAGES]
                 if not self._move(guest, ids[some]):
                     break
-        self._punch_unread(frames[frames != NOWHERE])
+        return self._punch_unread(frames[frames != NOWHERE])
 
     def _move(self, guest: Attachment, ids: Ids) -> bool:
         # One table's worth; returns whether to go on.
@@ -700,30 +700,48 @@ class QemuHypervisor:
         :param domid: one guest, or all that sharing is enabled on.
         :returns: how many frames were given back.
         """
-        chosen = [guest for guest in self._books.guests if not guest.dead and domid in (None, guest.domid)]
-        for guest in chosen:
+        given_back = 0
+        ids, frames = self._books.readers()
+        (mapped,) = np.nonzero(self._books.frame != NOWHERE)
+        for guest, _ in self._books.by_guest(np.setdiff1d(mapped, ids, assume_unique=True)):
+            if guest.dead or domid not in (None, guest.domid):
+                continue
             self._settle_books(guest)
             base = self._books.base[guest.domid - 1]
-            ids = base + np.flatnonzero(guest.in_pool)
-            copied = ids[~self._books.on_frame(ids)]
+            copied = base + np.flatnonzero(guest.in_pool)
+            copied = copied[~self._books.on_frame(copied)]
             with self._books.lock:
                 copied = copied[self._books.phase[copied] == PLAIN]
             if len(copied) and (domid is not None or self._enabled[guest.domid - 1]):
-                self._make_private(copied)
-        return self.punch_unread()
+                given_back += self._make_private(copied)
+        return given_back + self._punch_all_but(frames)
 
     def punch_unread(self) -> int:
         """Give every frame that nobody reads back to the host; returns how many had memory."""
-        return sum(
-            self._punch_unread((number << POOL_SHIFT) + books.pool.backed_frames())
-            for number, books in enumerate(self._books.pools)
-            if self._books.whole(books)
-        )
+        return self._punch_all_but(self._books.readers()[1])
+
+    def _punch_all_but(self, read: NDArray[np.int64]) -> int:
+        # Frames that nobody reads stay so, unless we have them mapped: a look that is a while old does.
+        read = np.unique(read)
+        punched = 0
+        for number, books in enumerate(self._books.pools):
+            backed = (number << POOL_SHIFT) + books.pool.backed_frames()
+            unread = np.setdiff1d(backed, read, assume_unique=True)
+            if len(unread) and not self._books.whole(books):
+                self._settle_readers()
+            punched += self._punch_unread(unread)
+        return punched
 
     def _settle_books(self, guest: Attachment) -> None:
         """Have a session with a guest that has ever been shared, so that nobody else changes it under our books."""
         if guest.session is None and not guest.dead and (guest.in_pool.any() or guest.has_agent):
             self.control(guest.domid, True)
+
+    def _settle_readers(self) -> None:
+        # Have a session with all guests that could be: for want of one with a reader of it no pool is whole.
+        for guest in self._books.guests:
+            with contextlib.suppress(MemshrError):
+                self._settle_books(guest)
 
     def unshare_guest(self, domid: DomId) -> int:
         """Give every page of a guest back its own memory, in large pieces that can be huge pages again.

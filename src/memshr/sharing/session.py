@@ -187,6 +187,21 @@ class _Reference:
     page: NDArray[np.uint64]
 
 
+@dataclass(slots=True)
+class _Scanned:
+    # Pages as the scan saw them. ``frames`` is what ``Hypervisor.frames_of`` said, None if no page is on a frame.
+    pages: PageArray
+    fingerprints: Fingerprints
+    frames: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def __getitem__(self, which: Mask | Rows) -> _Scanned:
+        frames = None if self.frames is None else self.frames[which]
+        return _Scanned(self.pages[which], self.fingerprints[which], frames)
+
+
 # What became of a candidate: its content number, or one of these.
 _NOT_REACHED = -1
 _OUT = -2
@@ -233,10 +248,11 @@ class _GroupSession:
         self._scanned_s = 0.0
         self._buffer: PageBytes = page_buffer(self._batch_pages)
         self._oldest_fresh: int | None = None
-        # First every page that was scanned, with its fingerprint; then the candidates only, in order of their classes,
-        # with what became of each and the handle that its frame had last.
+        # Every page that was scanned; then the candidates only, in order of their classes, with what became of each and
+        # the handle that its frame had last.
+        self._scanned = _Scanned(PageArray.empty(), _NONE)
+        self._probes = PageArray.empty()
         self._pages = PageArray.empty()
-        self._fingerprints: Fingerprints = np.empty(0, np.uint64)
         self._contents: Classes = np.empty(0, np.int64)
         self._frames: Handles = np.empty(0, np.uint64)
         self._zero_content: int | None = None
@@ -248,7 +264,6 @@ class _GroupSession:
         populated = self._survey()
         if self.stopped is None:
             self._scan(populated)
-            self._probe()
             self._spare_huge_pages()
             if Capability.ZERO in self._hypervisor.capabilities:
                 self._take_zeros()
@@ -297,6 +312,7 @@ class _GroupSession:
                 gfns = scanner.backed_gfns(domid, populated[domid])
                 books.absent_pages = books.total_pages - len(gfns)
                 advance(books.absent_pages)
+                frames = None
                 if self._has_frames:
                     frames = self._hypervisor.frames_of(PageArray.of_domain(domid, gfns))
                     scan = scanner.scan_sharing(domid, gfns, frames, advance)
@@ -306,16 +322,15 @@ class _GroupSession:
                 books.gone = True
                 continue
             books.dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
-            found.append(_pages_of(domid, scan, scan.readable))
-        self._pages, self._fingerprints = _joined(found)
+            found.append(_scanned(domid, scan, frames))
+        self._scanned = _joined(found)
         self._scanned_s = self._clock()
+        if self._oldest_fresh is None:
+            self._probes = self._scanned.pages[~repeated(self._scanned.fingerprints)][:_PROBES]
 
     def _probe(self) -> None:
         # Nominate, for a moment, one page that surely is not shared: every fresh handle from now on is greater.
-        if self._oldest_fresh is not None:
-            return
-        unlike = self._pages[~repeated(self._fingerprints)][:_PROBES]
-        for domid, gfn in zip(unlike.domids.tolist(), unlike.gfns.tolist(), strict=True):
+        for domid, gfn in zip(self._probes.domids.tolist(), self._probes.gfns.tolist(), strict=True):
             try:
                 self._hypervisor.debug_gfn(domid, gfn)
             except NotSharableError:
@@ -330,19 +345,22 @@ class _GroupSession:
         # Leave out what lies in huge pages of which too few pages could be shared or released.
         if not self._options.huge_page_pages:
             return
-        sharable = repeated(self._fingerprints) | (self._fingerprints == ZERO_PAGE_FINGERPRINT)
+        scanned = self._scanned
+        sharable = repeated(scanned.fingerprints) | (scanned.fingerprints == ZERO_PAGE_FINGERPRINT)
+        if scanned.frames is not None:
+            sharable &= scanned.frames < 0
         (rows,) = np.nonzero(sharable)
-        rows = rows[self._hypervisor.huge(self._pages[rows])]
+        rows = rows[self._hypervisor.huge(scanned.pages[rows])]
         if not len(rows):
             return
-        pages = self._pages[rows]
+        pages = scanned.pages[rows]
         huge_pages = pages.gfns // HUGE_PAGE_PAGES << _DOMID_BITS | pages.domids
         _, which, counts = np.unique(huge_pages, return_inverse=True, return_counts=True)
         spared = counts[which] < self._options.huge_page_pages
         self._drop("huge_page", pages[spared])
-        keep = np.ones(len(self._pages), np.bool_)
+        keep = np.ones(len(scanned), np.bool_)
         keep[rows[spared]] = False
-        self._pages, self._fingerprints = self._pages[keep], self._fingerprints[keep]
+        self._scanned = scanned[keep]
 
     def _advancing(self, phase: str, total_pages: int) -> Callable[[int], None]:
         done_pages = 0
@@ -357,6 +375,8 @@ class _GroupSession:
     # -- the steps that every page takes -----------------------------------------------------------------------------
 
     def _nominate(self, pages: PageArray) -> _Nominated:
+        if self._oldest_fresh is None:
+            self._probe()
         unknown = self._oldest_fresh is None  # counting can cost more than nominating
         used_before = self._hypervisor.counters().used_frames if unknown else 0
         handles, statuses = self._hypervisor.nominate_gfns(pages)
@@ -424,16 +444,16 @@ class _GroupSession:
 
     def _take_zeros(self) -> None:
         # Zero pages need no frame, where the mechanism can do without; elsewhere they share one like other pages.
-        zero = self._fingerprints == ZERO_PAGE_FINGERPRINT
-        zeros = self._pages[zero]
-        self._pages, self._fingerprints = self._pages[~zero], self._fingerprints[~zero]
+        zero = self._scanned.fingerprints == ZERO_PAGE_FINGERPRINT
+        zeros = self._scanned.pages[zero]
+        self._scanned = self._scanned[~zero]
         self._release_zeros(zeros)
 
     def _keep_single_zero(self) -> None:
         # Where zero pages share a frame: without a partner it is no candidate, but a zero page that keeps its frame.
-        zero = self._fingerprints == ZERO_PAGE_FINGERPRINT
+        zero = self._scanned.fingerprints == ZERO_PAGE_FINGERPRINT
         if np.count_nonzero(zero) == 1:
-            self.books[DomId(int(self._pages[zero].domids[0]))].zero_pages += 1
+            self.books[DomId(int(self._scanned.pages[zero].domids[0]))].zero_pages += 1
             self._tally.kept["zero_frames"] += 1
             self._tally.saved_pages -= 1
 
@@ -466,23 +486,29 @@ class _GroupSession:
     # -- pages with contents -----------------------------------------------------------------------------------------
 
     def _share(self) -> None:
-        candidates = classify(self._fingerprints)
+        candidates = classify(self._scanned.fingerprints)
         rows, classes = np.arange(len(candidates)), candidates.classes
-        if len(rows) and self._fingerprints[candidates.rows[0]] == ZERO_PAGE_FINGERPRINT:
+        scanned = self._scanned[candidates.rows]
+        self._pages, of_class = scanned.pages, scanned.fingerprints[_starts(classes)]
+        self._scanned = _Scanned(PageArray.empty(), _NONE)
+        if len(rows) and of_class[0] == ZERO_PAGE_FINGERPRINT:
             self._zero_content = 0  # classify puts them first
-        of_class = self._fingerprints[candidates.rows[_starts(classes)]]
-        self._pages, self._fingerprints = self._pages[candidates.rows], self._fingerprints[:0].copy()
         self._contents = np.full(len(rows), _NOT_REACHED, np.int64)
         self._frames = np.zeros(len(rows), np.uint64)
         del candidates
         advance = self._advancing("share", len(rows))
         reference = _Reference(0 if self._zero_content == 0 else -1, np.zeros(PAGE_SIZE // 8, np.uint64))
         attempt = 0
-        next_class = int(classes[-1]) + 1 if len(rows) else 0
-        if self._has_frames and len(rows):
-            settled = self._settle(classes)
-            advance(int(np.count_nonzero(settled)))
-            rows, classes = rows[~settled], classes[~settled]
+        next_class = len(of_class)
+        if scanned.frames is not None and len(rows):
+            rows, classes = self._unsettled(rows, classes, scanned.frames)
+            if 0 < len(rows) <= self._batch_pages and self._zero_content is None:
+                rows, classes, old_classes = self._told_apart(rows, classes, next_class)
+                of_class = np.concatenate([of_class, of_class[old_classes]])
+                next_class = len(of_class)
+                rows, classes = self._unsettled(rows, classes, scanned.frames)
+            advance(len(scanned) - len(rows))
+        del scanned
         live = Capability.LIVE in self._hypervisor.capabilities
         if live and len(rows):
             self._wait_for_second_sample()
@@ -490,9 +516,9 @@ class _GroupSession:
             attempt += 1
             deferred_rows, deferred_fingerprints = [rows[:0]], [_NONE]
             for first, end in _batches(classes, self._batch_pages):
-                scanned = of_class[classes[first:end]] if live and attempt == 1 else None
+                sample = of_class[classes[first:end]] if live and attempt == 1 else None
                 differ = self._share_batch(
-                    rows[first:end], classes[first:end], scanned, reference, self._group.seed + attempt
+                    rows[first:end], classes[first:end], sample, reference, self._group.seed + attempt
                 )
                 deferred_rows.append(differ[0])
                 deferred_fingerprints.append(differ[1])
@@ -507,10 +533,11 @@ class _GroupSession:
             next_class += int(again.classes[-1]) + 1 if len(again) else 0
             self._contents[rows] = _NOT_REACHED
 
-    def _settle(self, classes: Classes) -> Mask:
-        # Which candidates have nothing to gain: all of their class are on frames, on no more than max_sharers asks for,
-        # and these hold the same bytes. A frame's contents cannot change, so there is nothing to nominate.
-        frames = self._hypervisor.frames_of(self._pages)
+    def _unsettled(self, rows: Rows, classes: Classes, frames: NDArray[np.int64]) -> tuple[Rows, Classes]:
+        # Those of the candidates ``rows``, with their classes, that have something to gain. Nothing to gain have those
+        # whose whole class is on frames, on no more than max_sharers asks for, and these hold the same bytes. A frame's
+        # contents cannot change, so there is nothing to nominate. ``frames`` has those of all candidates.
+        frames = frames[rows]
         order = np.lexsort((frames, classes))
         first = _starts(classes[order]) | _starts(frames[order])  # of each class and frame
         ones = order[first]
@@ -521,14 +548,33 @@ class _GroupSession:
         reference = _Reference(-1, np.zeros(PAGE_SIZE // 8, np.uint64))
         for begin in range(0, len(ones), self._batch_pages):
             some = ones[begin : begin + self._batch_pages]
-            statuses = self._hypervisor.read_pages(self._pages[some], self._buffer)
+            statuses = self._hypervisor.read_pages(self._pages[rows[some]], self._buffer)
             equal = _equal_to_reference(self._buffer[: len(some)].view(np.uint64), classes[some], reference)
             settled[classes[some[~equal | (statuses != Status.OK)]]] = False
         mask: Mask = settled[classes]
-        self._contents[mask] = classes[mask]
+        self._contents[rows[mask]] = classes[mask]
         # Names for the frames, as good as handles where there are none: no handle is that large.
-        self._frames[mask] = frames[mask].astype(np.uint64) | _FRAME_NAME
-        return mask
+        self._frames[rows[mask]] = frames[mask].astype(np.uint64) | _FRAME_NAME
+        return rows[~mask], classes[~mask]
+
+    def _told_apart(self, rows: Rows, classes: Classes, next_class: int) -> tuple[Rows, Classes, Classes]:
+        # Of a few candidates those that are alike on a second look too, with new classes from ``next_class`` on, and
+        # the old class of each new one. Pages that only collide are the same ones in every session over the same
+        # guests: nothing of these is nominated for nothing.
+        statuses = self._hypervisor.read_pages(self._pages[rows], self._buffer)
+        self._drop_by_status(self._pages[rows], statuses, _REASONS)
+        self._contents[rows] = _OUT
+        second = universal_fingerprints(self._buffer[: len(rows)], self._group.seed)
+        (readable,) = np.nonzero(statuses == Status.OK)
+        first = np.maximum.accumulate(np.where(_starts(classes), np.arange(len(classes)), 0))
+        self._tally.collisions += int(np.count_nonzero((second != second[first])[readable]))
+        order = readable[np.lexsort((second[readable], classes[readable]))]
+        new = _starts(classes[order]) | _starts(second[order])
+        alike = np.cumsum(new) - 1
+        several = np.bincount(alike)[alike] > 1
+        order, new = order[several], new[several]
+        self._contents[rows[order]] = _NOT_REACHED
+        return rows[order], np.cumsum(new) - 1 + next_class, classes[order[new]]
 
     def _wait_for_second_sample(self) -> None:
         rest_s = self._scanned_s + self._options.sample_interval_s - self._clock()
@@ -743,21 +789,27 @@ _PROBES = 16
 _SLAB_CELLS = 1 << 17
 
 
-def _pages_of(domid: DomId, scan: Scan, which: Mask) -> tuple[PageArray, Fingerprints]:
-    chosen = slice(None) if which.all() else which
-    return PageArray.of_domain(domid, scan.gfns[chosen]), scan.fingerprints[chosen]
+def _scanned(domid: DomId, scan: Scan, frames: NDArray[np.int64] | None) -> _Scanned:
+    # What could be read.
+    found = _Scanned(PageArray.of_domain(domid, scan.gfns), scan.fingerprints, frames)
+    return found if scan.readable.all() else found[scan.readable]
 
 
-def _joined(found: list[tuple[PageArray, Fingerprints]]) -> tuple[PageArray, Fingerprints]:
+def _joined(found: list[_Scanned]) -> _Scanned:
     if len(found) == 1:
         return found[0]
-    domids = [pages.domids for pages, _ in found] or [np.empty(0, np.uint16)]
-    gfns = [pages.gfns for pages, _ in found] or [np.empty(0, np.int64)]
-    fingerprints = [part for _, part in found] or [np.empty(0, np.uint64)]
-    return PageArray(np.concatenate(domids), np.concatenate(gfns)), np.concatenate(fingerprints)
+    domids = [part.pages.domids for part in found] or [np.empty(0, np.uint16)]
+    gfns = [part.pages.gfns for part in found] or [np.empty(0, np.int64)]
+    fingerprints = [part.fingerprints for part in found] or [_NONE]
+    frames = [part.frames for part in found if part.frames is not None]
+    return _Scanned(
+        PageArray(np.concatenate(domids), np.concatenate(gfns)),
+        np.concatenate(fingerprints),
+        np.concatenate(frames) if frames else None,
+    )
 
 
-def _starts(numbers: NDArray[np.int64]) -> Mask:
+def _starts(numbers: NDArray[np.integer]) -> Mask:
     # Where a new number begins in an array of runs.
     starts = np.ones(len(numbers), np.bool_)
     starts[1:] = numbers[1:] != numbers[:-1]
