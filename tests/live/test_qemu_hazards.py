@@ -608,6 +608,20 @@ def test_next_memshr_waits_for_the_last_table_of_a_dead_one(qtest_pair: tuple[Qt
         assert guest.read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == bytes(PAGE_SIZE)
 
 
+def test_frame_that_another_memshr_is_about_to_map_is_kept(host: QtestHost) -> None:
+    """Nobody has the pool mapped just now; but another memshr, that has the guests in hand, still has it."""
+    shared_pair(host)
+    with QemuHypervisor([process_of(guest) for guest in host.guests], groups={"all": ["left", "right"]}) as onlooker:
+        for domid in (FIRST, SECOND):
+            host.hypervisor.unshare_guest(domid)
+        pool = host.hypervisor._books.pools[0].pool
+        frame = pool.add(np.frombuffer(page(7), np.uint8).reshape(1, PAGE_SIZE))
+        assert onlooker.punch_unread() == 0
+        contents = np.empty((1, PAGE_SIZE), np.uint8)
+        pool.read(np.array([frame]), contents)
+        assert contents.tobytes() == page(7)
+
+
 def test_frame_that_a_dead_memshr_is_about_to_map_is_kept(qtest_pair: tuple[QtestGuest, QtestGuest]) -> None:
     """Nobody reads the frame yet, but a table that maps it is still under way in another guest."""
     with QtestHost(qtest_pair) as host:

@@ -421,6 +421,27 @@ def test_a_second_run_nominates_nothing_even_if_pages_collide() -> None:
     assert contents_of(host) == contents_of(a_host([1, 2, 3, 1, 1], [4, 2, 5, 3, 1]))
 
 
+def test_a_page_that_is_written_before_the_second_look_is_volatile() -> None:
+    class WrittenHost(BusyHost):
+        written = False
+
+        def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+            if self.written:  # after the scan, and before anything else
+                self.write(DomId(1), Gfn(2), b"\2")
+            return super().huge(pages)
+
+    host = WrittenHost()
+    add_domain(host, "A", [page(1), page(1), page(3), page(5)])
+    host.extra = {Capability.LIVE}
+    crippled = Crippled(2)
+    first = run(host, wait=lambda _: None, fingerprinting=crippled)
+    assert first.dropped == {}
+    host.written = True
+    second = run(host, fingerprinting=crippled)
+    assert second.dropped == {"volatile": 1}
+    assert (second.shared_pages, second.unique_pages) == (2, 1)
+
+
 # -- examples --------------------------------------------------------------------------------------------------------
 
 

@@ -96,6 +96,8 @@ class PoolBooks:
         self.whole = False
         """see GuestBooks.whole, which judges; right for the guests in ``judged_for``"""
         self.judged_for: frozenset[DomId] | None = None
+        self.seen_in: set[DomId] = set()
+        """guests in which it was mapped when we looked, and from which we have not taken it since"""
         self.handles = np.zeros(0, dtype=np.uint64)
         self.sums = np.zeros(0, dtype=np.uint64)
         self.grow()
@@ -192,6 +194,7 @@ class GuestBooks:
                 number = len(self.pools)
                 known[pool.inode] = number
                 self.pools.append(PoolBooks(pool))
+            self.pools[number].seen_in.add(guest.domid)
             pages = guest.pages_of_hvas(mapped.hvas)
             inside = pages >= 0
             frames[pages[inside]] = (number << POOL_SHIFT) + mapped.frames[inside]
@@ -314,8 +317,11 @@ class GuestBooks:
         frames be added or given back.
 
         It stays so while the sessions last: a memshr finds a pool only in a guest that it has in hand. Judged anew
-        whenever there are other sessions than before.
+        whenever there are other sessions than before. A guest in which we have only looked may be in somebody else's
+        hand, who knows the pool from there even while nothing of it is mapped.
         """
+        if any(self.guests[domid - 1].session is None and not self.guests[domid - 1].dead for domid in books.seen_in):
+            return False
         attached = frozenset(guest.domid for guest in self.guests if guest.session is not None)
         if books.judged_for != attached:
             ours = {self.guests[domid - 1].process.pid for domid in attached}

@@ -805,6 +805,8 @@ class QemuHypervisor:
         assert self._watch is not None
         self._watch.remove(guest.session.uffd)
         self._enabled[domid - 1] = False
+        for books in self._books.pools:
+            books.seen_in.discard(domid)
         guest.detach(self._injector)
 
     def enlisted(self, domid: DomId) -> GuestProcess:

@@ -503,7 +503,7 @@ class _GroupSession:
         if scanned.frames is not None and len(rows):
             rows, classes = self._unsettled(rows, classes, scanned.frames)
             if 0 < len(rows) <= self._batch_pages and self._zero_content is None:
-                rows, classes, old_classes = self._told_apart(rows, classes, next_class)
+                rows, classes, old_classes = self._told_apart(rows, classes, of_class[classes], next_class)
                 of_class = np.concatenate([of_class, of_class[old_classes]])
                 next_class = len(of_class)
                 rows, classes = self._unsettled(rows, classes, scanned.frames)
@@ -557,15 +557,20 @@ class _GroupSession:
         self._frames[rows[mask]] = frames[mask].astype(np.uint64) | _FRAME_NAME
         return rows[~mask], classes[~mask]
 
-    def _told_apart(self, rows: Rows, classes: Classes, next_class: int) -> tuple[Rows, Classes, Classes]:
-        # Of a few candidates those that are alike on a second look too, with new classes from ``next_class`` on, and
-        # the old class of each new one. Pages that only collide are the same ones in every session over the same
-        # guests: nothing of these is nominated for nothing.
+    def _told_apart(
+        self, rows: Rows, classes: Classes, scanned: Fingerprints, next_class: int
+    ) -> tuple[Rows, Classes, Classes]:
+        # Of a few candidates, with the fingerprints that they had, those that are alike on a second look too, with new
+        # classes from ``next_class`` on, and the old class of each new one. Pages that only collide are the same ones
+        # in every session over the same guests: nothing of these is nominated for nothing.
         statuses = self._hypervisor.read_pages(self._pages[rows], self._buffer)
         self._drop_by_status(self._pages[rows], statuses, _REASONS)
         self._contents[rows] = _OUT
-        second = universal_fingerprints(self._buffer[: len(rows)], self._group.seed)
-        (readable,) = np.nonzero(statuses == Status.OK)
+        good = statuses == Status.OK
+        steady = self._fingerprint_pages(self._buffer[: len(rows)]) == scanned
+        self._drop("volatile", self._pages[rows[good & ~steady]])
+        second = universal_fingerprints(self._buffer[: len(rows)], self._group.seed + 1)
+        (readable,) = np.nonzero(good & steady)
         first = np.maximum.accumulate(np.where(_starts(classes), np.arange(len(classes)), 0))
         self._tally.collisions += int(np.count_nonzero((second != second[first])[readable]))
         order = readable[np.lexsort((second[readable], classes[readable]))]
