@@ -107,11 +107,14 @@ def select_guests(sources: Sequence[str]) -> list[GuestProcess]:
     """The running guests that ``qemu:all``, ``qemu:NAME``, ``qemu:PID`` or ``qemu:NAME@SOCKET`` name, each once.
 
     :raises NoSuchDomainError: there is none, or a name is that of several.
+    :raises MemshrError: a source is no running guest at all.
     """
     from memshr.qemu import guests  # noqa: PLC0415  # a machine without Linux can still read images
 
     found: dict[int, GuestProcess] = {}
     for source in sources:
+        if _prefix(source) != "qemu":
+            raise MemshrError(f"{source} names no QEMU guest", remedy="write qemu:all, qemu:NAME or qemu:PID")
         for process in guests.select_guests(source.partition(":")[2]):
             found.setdefault(process.pid, process)
     if not found:
@@ -119,7 +122,7 @@ def select_guests(sources: Sequence[str]) -> list[GuestProcess]:
     return list(found.values())
 
 
-Grouping = Callable[[Sequence[DomainInfo]], Mapping[str, Collection[str]]]
+Grouping = Callable[[Sequence[DomainInfo]], Mapping[str, Collection[int]]]
 
 
 @contextlib.contextmanager
@@ -128,7 +131,7 @@ def open_guests(
 ) -> Iterator[QemuHypervisor]:
     """Running guests as a host; opening only looks. Guests that have ended meanwhile are left out.
 
-    :param groups: tells from the guests which trust group's name has which of them; None: as they share already.
+    :param groups: tells from the guests which trust group has which of their domids; None: as they share already.
     :param reserve_bytes: memory of the host that sharing and unsharing leave alone; None: the mechanism's default.
     :raises MemshrError: a guest cannot be reached.
     """
@@ -139,7 +142,7 @@ def open_guests(
     if not processes:
         raise NoSuchDomainError("every guest that was named has ended")
     if groups is None:
-        members: Mapping[str, Collection[str]] = groups_in_force(processes)
+        members: Mapping[str, Collection[int]] = groups_in_force(processes)
     else:
         members = groups(
             [

@@ -37,9 +37,9 @@ def booted(qemu: Path, *names: str, memory_mib: int = 64, arguments: Sequence[st
 class QtestHost:
     """Guests under the mechanism. All are one trust group unless ``groups`` says otherwise."""
 
-    def __init__(self, guests: Sequence[QtestGuest], groups: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(self, guests: Sequence[QtestGuest], groups: Mapping[str, Sequence[int]] | None = None) -> None:
         self.guests = list(guests)
-        everybody = {"all": [guest.name for guest in guests]}
+        everybody = {"all": range(1, len(guests) + 1)}
         self.hypervisor = QemuHypervisor(
             [process_of(guest) for guest in guests], groups=everybody if groups is None else groups
         )

@@ -35,8 +35,7 @@ def main() -> None:
     seed, first, count, *pids = map(int, sys.argv[1:])
     chance = random.Random(seed)
     processes = [process for pid in pids if (process := inspect_process(pid)) is not None]
-    everybody = {"all": [process.name for process in processes]}
-    with QemuHypervisor(processes, groups=everybody) as hypervisor:
+    with QemuHypervisor(processes, groups={"all": range(1, len(processes) + 1)}) as hypervisor:
         domids = [DomId(number + 1) for number in range(len(processes))]
         gfns = np.arange(first, first + count)
         pages = PageArray(np.repeat(np.array(domids, np.uint16), count), np.tile(gfns, len(domids)))

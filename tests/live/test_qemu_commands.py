@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from guests.linux import LinuxGuest
+from live.qemu_host import FIRST_GFN, booted
+from memshr.types import PAGE_SIZE
 
 Pair = tuple[LinuxGuest, LinuxGuest]
 
@@ -57,12 +60,28 @@ def test_the_whole_story(guest_pair: Pair, sources: list[str]) -> None:
     assert memshr("audit", *sources)["findings"] == []
 
     first, second = guest_pair
-    unshared = memshr("unshare", f"qemu:{first.pid}")["unshared_pages"]
-    assert list(unshared) == [first.name]
-    assert unshared[first.name] > 1000
+    [unshared] = memshr("unshare", f"qemu:{first.pid}")["guests"]
+    assert (unshared["name"], unshared["pid"]) == (first.name, first.pid)
+    assert unshared["unshared_pages"] > 1000
     memshr("detach", *sources)
     for guest in (first, second):
         assert "memfd:memshr" not in Path(f"/proc/{guest.pid}/maps").read_text()
+
+
+def test_guests_of_the_same_name_are_told_apart_by_their_pids(qemu: Path) -> None:
+    with booted(qemu, "twin", "twin") as twins:
+        sources = [f"qemu:{guest.pid}" for guest in twins]
+        for guest in twins:
+            guest.write(FIRST_GFN * PAGE_SIZE, np.random.default_rng(1).bytes(64 * PAGE_SIZE))
+        alone = memshr("share", *sources, "--huge-share", "0")
+        assert alone["inter_pages"] == 0, "without --group each guest is a trust group of its own"
+        memshr("detach", *sources)
+        report = memshr("share", *sources, "--group", "all", "--huge-share", "0")
+        assert report["inter_pages"] >= 64
+        assert report["audit_findings"] == []
+        undone = memshr("detach", *sources)["guests"]
+        assert [(each["name"], each["pid"]) for each in undone] == [("twin", guest.pid) for guest in twins]
+        assert all(each["unshared_pages"] >= 64 for each in undone)
 
 
 def test_ctrl_z_does_not_stop_what_guests_wait_for(sources: list[str]) -> None:

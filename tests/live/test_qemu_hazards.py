@@ -19,6 +19,7 @@ from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
 from memshr.errors import (
     ConnectionLostError,
     HostMemoryError,
+    MemshrError,
     NoSuchDomainError,
     NotSharableError,
     RefusedDomainError,
@@ -262,8 +263,28 @@ def test_pool_that_only_has_the_name_is_not_trusted() -> None:
     os.close(readable)
 
 
+@pytest.mark.parametrize("group", ["web", "two\nlines", "caf\u00e9 100%", "tab\tand\\slash", "g" * 200, "a (deleted)"])
+def test_pool_is_found_again_under_the_name_of_its_group(group: str) -> None:
+    pool = FramePool.create(group)
+    pool.add(np.ones((1, PAGE_SIZE), np.uint8))
+    readable = pool.readable()
+    with mmap.mmap(readable, PAGE_SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ):
+        claims = [each for each in process_mappings(os.getpid()) if "memshr-pool" in each.path]
+        adopted = [FramePool.adopt(os.getpid(), mapping) for mapping in claims]
+    assert [each.group for each in adopted if each is not None] == [group]
+    for each in [pool, *filter(None, adopted)]:
+        each.close()
+    os.close(readable)
+
+
+@pytest.mark.parametrize("group", ["g" * 300, "%" * 100])
+def test_name_too_long_for_a_pool_is_refused(qtest_pair: tuple[QtestGuest, QtestGuest], group: str) -> None:
+    with pytest.raises(MemshrError, match="too long"), QtestHost(qtest_pair, groups={group: [FIRST, SECOND]}):
+        pass
+
+
 def test_equal_pages_of_two_trust_groups_never_meet(qtest_pair: tuple[QtestGuest, QtestGuest]) -> None:
-    with QtestHost(qtest_pair, groups={"red": ["left"], "blue": ["right"]}) as host:
+    with QtestHost(qtest_pair, groups={"red": [FIRST], "blue": [SECOND]}) as host:
         for guest in host.guests:
             fill(guest, page(1), 4)
         assert share(host, run_of(FIRST, 2), run_of(SECOND, 2)).tolist() == [Status.EXDEV] * 2
@@ -368,7 +389,7 @@ def test_memory_for_unsharing_is_kept(host: QtestHost) -> None:
     assert not share(host, run_of(FIRST, 8), run_of(SECOND, 8)).any()
     host.hypervisor.close()
     with QemuHypervisor(
-        list(map(process_of, host.guests)), groups={"all": ["left", "right"]}, reserve_bytes=1 << 60
+        list(map(process_of, host.guests)), groups={"all": [FIRST, SECOND]}, reserve_bytes=1 << 60
     ) as poor:
         with pytest.raises(HostMemoryError, match="needs 0 MiB"):
             poor.unshare_guest(FIRST)
@@ -440,7 +461,7 @@ def test_frames_that_a_guest_outside_reads_are_kept(host: QtestHost) -> None:
     """A run over some of the guests of a pool must not give back what the others read."""
     shared_pair(host)
     host.hypervisor.close()
-    with QtestHost(host.guests[:1], groups={"all": ["left"]}) as part:
+    with QtestHost(host.guests[:1], groups={"all": [FIRST]}) as part:
         part.hypervisor.unshare_guest(FIRST)
         part.hypervisor.punch_unread()
         for guest in host.guests[:1]:
@@ -611,7 +632,7 @@ def test_next_memshr_waits_for_the_last_table_of_a_dead_one(qtest_pair: tuple[Qt
 def test_frame_that_another_memshr_is_about_to_map_is_kept(host: QtestHost) -> None:
     """Nobody has the pool mapped just now; but another memshr, that has the guests in hand, still has it."""
     shared_pair(host)
-    with QemuHypervisor([process_of(guest) for guest in host.guests], groups={"all": ["left", "right"]}) as onlooker:
+    with QemuHypervisor([process_of(guest) for guest in host.guests], groups={"all": [FIRST, SECOND]}) as onlooker:
         for domid in (FIRST, SECOND):
             host.hypervisor.unshare_guest(domid)
         pool = host.hypervisor._books.pools[0].pool
@@ -627,7 +648,7 @@ def test_frame_that_a_dead_memshr_is_about_to_map_is_kept(qtest_pair: tuple[Qtes
     with QtestHost(qtest_pair) as host:
         shared_pair(host)
     die_with_a_slow_table(qtest_pair[0])
-    with QtestHost(qtest_pair[1:], groups={"all": ["right"]}) as part:
+    with QtestHost(qtest_pair[1:], groups={"all": [FIRST]}) as part:
         part.hypervisor.unshare_guest(FIRST)
         assert part.hypervisor.punch_unread() == 0
     wait_until(lambda: not is_in_session(qtest_pair[0].pid), 10, "the table is done")

@@ -22,7 +22,7 @@ from memshr.types import PAGE_SIZE
 def together(guests: Sequence[Machine]) -> Iterator[QemuHypervisor]:
     """Guests in one trust group; at the end they are as before."""
     processes = [process for guest in guests if (process := inspect_process(guest.pid)) is not None]
-    with QemuHypervisor(processes, groups={"all": [process.name for process in processes]}) as hypervisor:
+    with QemuHypervisor(processes, groups={"all": range(1, len(processes) + 1)}) as hypervisor:
         yield hypervisor
         for domain in hypervisor.domains():
             hypervisor.detach(domain.domid)

@@ -25,7 +25,7 @@ Pair = tuple[LinuxGuest, LinuxGuest]
 
 
 @contextmanager
-def opened(guests: Sequence[LinuxGuest], groups: Mapping[str, Sequence[str]]) -> Iterator[QemuHypervisor]:
+def opened(guests: Sequence[LinuxGuest], groups: Mapping[str, Sequence[int]]) -> Iterator[QemuHypervisor]:
     """The guests under the mechanism; at the end they are as before."""
     processes = [process for guest in guests if (process := inspect_process(guest.pid)) is not None]
     with QemuHypervisor(processes, groups=groups) as hypervisor:
@@ -34,9 +34,9 @@ def opened(guests: Sequence[LinuxGuest], groups: Mapping[str, Sequence[str]]) ->
             hypervisor.detach(domain.domid)
 
 
-def run(hypervisor: QemuHypervisor, groups: Mapping[str, Sequence[str]]) -> SharingReport:
+def run(hypervisor: QemuHypervisor, groups: Mapping[str, Sequence[int]]) -> SharingReport:
     """One session."""
-    specs = [f"{name}={','.join(members)}" for name, members in groups.items()]
+    specs = [f"{name}={','.join(map(str, members))}" for name, members in groups.items()]
     trusted = trust_groups(hypervisor.domains(), specs, lambda: secrets.randbits(SEED_BITS))
     report = share(hypervisor, trusted, wait=time.sleep, options=SharingOptions(huge_page_pages=0))
     assert not report.audit_findings
@@ -50,7 +50,7 @@ def pool_inodes(guest: LinuxGuest) -> set[int]:
 
 
 def test_a_session_saves_what_an_exact_count_says(guest_pair: Pair) -> None:
-    groups = {"all": [guest.name for guest in guest_pair]}
+    groups = {"all": [1, 2]}
     for guest in guest_pair:
         guest.pause()
     exact = count_pages([backed_pages(guest.pid) for guest in guest_pair])
@@ -74,7 +74,7 @@ def test_a_session_saves_what_an_exact_count_says(guest_pair: Pair) -> None:
 
 
 def test_a_run_over_unchanged_guests_attaches_to_none_of_them(guest_pair: Pair) -> None:
-    groups = {"all": [guest.name for guest in guest_pair]}
+    groups = {"all": [1, 2]}
     processes = [process for guest in guest_pair if (process := inspect_process(guest.pid)) is not None]
     for guest in guest_pair:
         guest.pause()
@@ -102,8 +102,8 @@ def test_a_run_over_unchanged_guests_attaches_to_none_of_them(guest_pair: Pair) 
 
 def test_frames_of_a_group_that_was_dissolved_take_no_new_sharers(guest_pair: Pair) -> None:
     """The guests shared, then their operator sets them apart: what is shared stays, and nothing is added to it."""
-    together = {"all": [guest.name for guest in guest_pair]}
-    apart = {"red": [guest_pair[0].name], "blue": [guest_pair[1].name]}
+    together = {"all": [1, 2]}
+    apart = {"red": [1], "blue": [2]}
     processes = [process for guest in guest_pair if (process := inspect_process(guest.pid)) is not None]
     with QemuHypervisor(processes, groups=together) as hypervisor:
         run(hypervisor, together)
@@ -119,7 +119,7 @@ def test_frames_of_a_group_that_was_dissolved_take_no_new_sharers(guest_pair: Pa
 
 def test_pages_of_two_trust_groups_never_meet(guest_pair: Pair) -> None:
     alpha, beta = guest_pair
-    groups = {"red": [alpha.name], "blue": [beta.name]}
+    groups = {"red": [1], "blue": [2]}
     with opened(guest_pair, groups) as hypervisor:
         report = run(hypervisor, groups)
         assert report.inter_pages == 0

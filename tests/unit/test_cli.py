@@ -104,6 +104,15 @@ def test_text_names_domains_and_figures(memshr: CommandLine, images: tuple[Path,
     assert "given back" in memshr("share", *images).out
 
 
+def test_names_are_shown_as_they_are_and_command_no_terminal(memshr: CommandLine, tmp_path: Path) -> None:
+    image = write_image(tmp_path / "[b]x[\x1b[2J].raw", [0, 5, 5])
+    for command in ("estimate", "share"):
+        outcome = memshr(command, image)
+        assert outcome.code == 0
+        assert "[b]x[" in outcome.out
+        assert "\x1b" not in outcome.out
+
+
 def test_audit_proves_every_page(memshr: CommandLine, images: tuple[Path, Path]) -> None:
     outcome = memshr("audit", *images, "--group", "all", "--json")
     assert outcome.code == 0
@@ -168,6 +177,7 @@ BAD_INPUT = {
     "live process": (["share", "pid:1"], 3, "memshr capture pid:1 -o FILE"),
     "process that is gone": (["estimate", "pid:999999999"], 2, "999999999"),
     "process without a number": (["estimate", "pid:init"], 2, "write pid:N"),
+    "guest that is none": (["detach", "xen:all"], 2, "names no QEMU guest"),
     "process twice": (["estimate", "pid:{pid}", "pid:{pid}"], 2, "named twice"),
     "missing file to compare": (["estimate", "{a}", "--against", "{tmp}/none"], 2, "none"),
     "host": (["ctl", "vmware:", "info"], 2, "'vmware:' is no host"),

@@ -7,6 +7,7 @@ from itertools import count
 
 import pytest
 
+from memshr.cli.share import group_members
 from memshr.sharing.groups import Group, GroupError, trust_groups
 from memshr.types import DomainInfo, DomId
 
@@ -39,6 +40,14 @@ def test_all_puts_every_domain_into_one_group() -> None:
     assert groups("all", domains=[]) == []
 
 
+def test_domains_of_one_name_are_told_apart() -> None:
+    twins = [DomainInfo(DomId(i), "twin", 10, 0, 10) for i in (1, 2)]
+    assert group_members(["all"], twins) == {"all": (1, 2)}
+    assert group_members(["both=1,2"], twins) == {"both": (1, 2)}
+    assert group_members(["one=2"], twins) == {"one": (2,)}
+    assert group_members([], twins) == {}
+
+
 def test_each_group_has_a_seed_of_its_own_and_does_not_show_it() -> None:
     found = groups("a=web,db")
     assert len({group.seed for group in found}) == len(found)
@@ -56,6 +65,7 @@ def test_each_group_has_a_seed_of_its_own_and_does_not_show_it() -> None:
         (["a=web", "b=db,web"], "domain 'web' is in group 'a' and again in group 'b'"),
         (["a=web,1"], "domain 'web' is twice in group 'a'"),
         (["a=web", "a=db"], "there are two groups of the name 'a'"),
+        (["mail=web,db"], "group 'mail' has the name of a domain that is not in it; give it another name"),
         (["all", "a=web"], "group 'all' takes every domain, so there can be no other group"),
     ],
 )
@@ -65,6 +75,10 @@ def test_what_makes_no_sense_is_said_in_one_line(specs: list[str], message: str)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_group_may_have_the_name_of_one_of_its_domains() -> None:
+    assert names_and_domids(groups("mail=web,mail"))[0] == ("mail", (1, 3))
 
 
 def test_two_domains_of_one_name_need_their_domids() -> None:

@@ -28,6 +28,12 @@ def test_values_may_stand_without_names() -> None:
     assert (line.operation, dict(line.arguments), line.save) == ("nominate", {"dom": "A", "gfn": 16}, "ha")
 
 
+def test_the_word_that_keeps_a_handle_takes_no_place() -> None:
+    line = parse_line("nominate save=ha A 0x10", {})
+    assert line is not None
+    assert (dict(line.arguments), line.save) == ({"dom": "A", "gfn": 16}, "ha")
+
+
 def test_hyphens_are_fine() -> None:
     line = parse_line("add-to-physmap 1 2 $h+1 2 3", {"h": 4})
     assert line is not None

@@ -19,6 +19,7 @@ from memshr.sharing.session import SharingOptions, share
 from memshr.testing import FAULTS, check_hypervisor
 from memshr.types import PAGE_SIZE, DomainKind, DomId, Gfn, Handle, PageArray
 from memshr.xen import XenHypervisor, connect, runs_xen
+from memshr.xen.audit import Auditor
 from memshr.xen.connection import Connection
 from memshr.xen.groups import Groups
 from memshr.xen.libxc import RELEASES, DominfFlag, Libxc, Release
@@ -497,12 +498,32 @@ def test_what_xen_says_on_its_console_is_in_the_report() -> None:
     assert not any("long ago" in line for line in said)
 
 
-def test_an_unreadable_console_does_no_harm() -> None:
+def test_errors_that_an_unreadable_console_hides_are_told_all_the_same() -> None:
     stand_in, hypervisor, (first, second) = host(2)
     shared(hypervisor, (first, 1), (second, 1))
     stand_in.refuse["xc_readconsolering"] = errno.EPERM
     FAULTS["frame owned by a domain"][1](stand_in.embedded, second, Gfn(1))
-    assert hypervisor.audit().xen_errors
+    audited = hypervisor.audit()
+    told = [finding for finding in audited.findings if "cannot be read" in finding.cause]
+    assert [(finding.invariant, finding.found) for finding in told] == [("I3", str(audited.xen_errors))]
+    assert audited.xen_errors > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "invariant"),
+    [
+        ("mfn 12 shared, but wrong owner (d1)!", "I1"),
+        ("mfn 12 in audit list, but not PGT_shared_page (0)", "I1"),
+        ("mfn 12 in audit list, but cannot be locked (0)!", "I1"),
+        ("mfn 12 shared, but empty gfn list!", "I2"),
+        ("Unknown dom: 7, for PFN=1, MFN=12", "I3"),
+        ("Incorrect P2M for d2, PFN=1.Expecting MFN=12, got 13", "I3"),
+        ("Mismatched counts for MFN=12.nr_gfns in list 1, in type_info 2", "I4"),
+        ("Expected 1 shared mfns, found 2.", "I6"),
+    ],
+)
+def test_what_xen_says_is_put_under_the_invariant_that_is_broken(line: str, invariant: str) -> None:
+    assert Auditor._finding(f"arch/x86/mm/mem_sharing.c:613:d0v0 {line}").invariant == invariant
 
 
 # -- above the seam --------------------------------------------------------------------------------------------------

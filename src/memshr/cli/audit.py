@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import click
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_xen, select_guests
 from memshr.cli.options import print_json, sharing_options
 from memshr.cli.session import run_session
-from memshr.cli.share import group_names
+from memshr.cli.share import group_members
 from memshr.embedded import EmbeddedHypervisor
 from memshr.images import open_image
 from memshr.sharing.session import SharingOptions
@@ -42,11 +43,8 @@ def audit(
             _tell(xen.audit(), xen.counters(), as_json=as_json)
         return
     if kind is SourceKind.QEMU:
-        from memshr.qemu.status import groups_in_force  # noqa: PLC0415  # only where there are guests
-
-        found = select_guests(sources)
-        in_force = groups_in_force(found)
-        with open_guests(found, groups=lambda domains: group_names(groups, domains) if groups else in_force) as live:
+        grouping = partial(group_members, groups) if groups else None
+        with open_guests(select_guests(sources), groups=grouping) as live:
             _tell(live.audit(), live.counters(), as_json=as_json)
         return
     with open_images(sources, format=image_format) as hypervisor:
@@ -82,7 +80,7 @@ def audit(
 def _tell(audited: AuditReport, counters: Counters, *, as_json: bool) -> None:
     if as_json:
         findings = [dataclasses.asdict(finding) for finding in audited.findings]
-        print_json({"findings": findings, "counters": dataclasses.asdict(counters)})
+        print_json({"findings": findings, "xen_errors": audited.xen_errors, "counters": dataclasses.asdict(counters)})
     else:
         for finding in audited.findings:
             click.echo(str(finding))

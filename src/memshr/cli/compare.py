@@ -8,13 +8,13 @@ from collections.abc import Iterable
 import click
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from memshr.cli.options import as_json, print_json
+from memshr.cli.session import shown
 from memshr.report.compare import Change, Comparison, compare
 from memshr.report.estimate import read_estimate
-from memshr.report.wording import Unit, printable
+from memshr.report.wording import Unit
 
 _PAIRS_SHOWN = 20
 
@@ -73,7 +73,7 @@ def _print(comparison: Comparison) -> None:
     if comparison.pairs:
         console.print(_pair_table(comparison))
     for remark in comparison.remarks:
-        console.print(f"Note: {escape(printable(remark))}.", soft_wrap=True)
+        console.print(f"Note: {shown(remark)}.", soft_wrap=True)
 
 
 def _from_to(change: Change) -> str:
@@ -82,7 +82,7 @@ def _from_to(change: Change) -> str:
 
 
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(escape(printable(name)) for name in names)
+    return ", ".join(shown(name) for name in names)
 
 
 def _table(*heads: str) -> Table:
@@ -111,9 +111,9 @@ def _domain_table(comparison: Comparison, unit: Unit) -> Table:
     for head in ("size", "zero", "shared", "saved inside", "unique"):
         table.add_column(head, justify="right", no_wrap=True)
     for domain in comparison.domains:
-        was, now = (escape(printable(group)) for group in domain.groups)
+        was, now = (shown(group) for group in domain.groups)
         table.add_row(
-            escape(printable(domain.name)),
+            shown(domain.name),
             now if was == now else f"{was} -> {now}",
             *(_signed(domain.figures[name], unit) for name in names),
         )
@@ -121,16 +121,16 @@ def _domain_table(comparison: Comparison, unit: Unit) -> Table:
 
 
 def _pair_table(comparison: Comparison) -> Table:
-    shown = comparison.pairs[:_PAIRS_SHOWN]
-    unit = Unit.of(max(max(pair.contents.before, pair.contents.after) for pair in shown) // 10)
+    pairs = comparison.pairs[:_PAIRS_SHOWN]
+    unit = Unit.of(max(max(pair.contents.before, pair.contents.after) for pair in pairs) // 10)
     table = _table(f"save together, {unit.name}", "may share")
-    for pair in shown:
+    for pair in pairs:
         may = ["no" if group is None else "yes" for group in pair.groups]
         table.add_row(
-            " + ".join(escape(printable(name)) for name in pair.names),
+            " + ".join(shown(name) for name in pair.names),
             may[1] if may[0] == may[1] else f"{may[0]} -> {may[1]}",
             *_columns(pair.contents, unit),
         )
-    if len(comparison.pairs) > len(shown):
-        table.caption = f"and {len(comparison.pairs) - len(shown)} pairs more: --json has them all"
+    if len(comparison.pairs) > len(pairs):
+        table.caption = f"and {len(comparison.pairs) - len(pairs)} pairs more: --json has them all"
     return table

@@ -25,7 +25,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--mappings",
     type=click.IntRange(0),
     metavar="N",
-    help="Mappings that each domain may spend on sharing. [default: what this host's vm.max_map_count leaves]",
+    show_default="what this host's vm.max_map_count leaves",
+    help="Mappings that each domain may spend on sharing.",
 )
 @click.option(
     "--interval",
@@ -70,7 +71,8 @@ def estimate(
     """What would sharing save? Reads only, and changes nothing.
 
     Each SOURCE becomes a domain: memory images, live processes (pid:N, their private memory), running guests (qemu:all,
-    qemu:NAME, xen:all, xen:DOMID), in any mixture. Nothing is injected and nothing is copied to disk.
+    qemu:NAME, xen:all, xen:DOMID), in any mixture. Nothing is injected. Images are read in place; only those that have
+    to be unpacked (AVML, kdump-compressed dumps) go through a temporary file.
 
     Every page is looked at, and pages that could share are compared byte for byte: the figures are exact. They tell
     apart zero pages, equal pages inside one domain, and equal pages between domains of a trust group; what wider groups

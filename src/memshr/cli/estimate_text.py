@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from memshr.cli.session import mib, plain_table
+from memshr.cli.session import mib, plain_table, shown
 from memshr.report.estimate import Achievable, Bounds, Estimate, Sample
 
 _CONTENTS_SHOWN = 8
@@ -94,7 +94,7 @@ def _domains(estimate: Estimate) -> Table:
             domain.absent_pages,
             sum(domain.dropped.values()),
         )
-        table.add_row(domain.name, domain.group, *(f"{pages:,}" for pages in figures))
+        table.add_row(shown(domain.name), shown(domain.group), *(f"{pages:,}" for pages in figures))
     return table
 
 
@@ -103,7 +103,7 @@ def _pairs(estimate: Estimate) -> Table:
     pairs = sorted(estimate.pairs, key=lambda pair: -pair.contents)
     for pair in pairs[:_PAIRS_SHOWN]:
         table.add_row(
-            " + ".join(pair.names),
+            shown(" + ".join(pair.names)),
             f"{pair.contents:,}",
             mib(pair.contents),
             f"{pair.pages:,}",
@@ -119,7 +119,7 @@ def _contents(estimate: Estimate) -> Table:
     for content in estimate.contents[:_CONTENTS_SHOWN]:
         first = f"domain {content.first.domid}, gfn {content.first.gfn:#x}"
         table.add_row(
-            f"{content.guess} ({first})" if content.guess else first,
+            shown(f"{content.guess} ({first})") if content.guess else first,
             f"{content.copies:,}",
             f"{content.domains:,}",
             mib(content.saved_pages),

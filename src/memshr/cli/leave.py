@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from memshr.backends import open_guests, select_guests
 from memshr.cli.options import as_json, guests, print_json, reserve_mib
 from memshr.cli.session import mib, not_to_be_stopped
+from memshr.report.wording import printable
+
+if TYPE_CHECKING:
+    from memshr.qemu.books import GuestFigures
 
 
 @click.command(short_help="Give guests all their own pages back.")
@@ -32,22 +37,24 @@ def detach(guests: tuple[str, ...], reserve_mib: int, as_json: bool) -> None:
     _report(_undo(guests, reserve_mib << 20, detach=True), as_json=as_json, verb="is as it was")
 
 
-def _undo(sources: Sequence[str], reserve_bytes: int, *, detach: bool) -> Iterator[tuple[str, int]]:
+def _undo(sources: Sequence[str], reserve_bytes: int, *, detach: bool) -> Iterator[GuestFigures]:
+    """What each guest shared until then."""
     with not_to_be_stopped(), open_guests(select_guests(sources), reserve_bytes=reserve_bytes) as hypervisor:
         for info in hypervisor.domains():
-            shared = hypervisor.guest_figures(info.domid).sharing_pages
+            before = hypervisor.guest_figures(info.domid)
             if detach:
                 hypervisor.detach(info.domid)
             else:
                 hypervisor.unshare_guest(info.domid)
-            yield info.name, shared
+            yield before
 
 
-def _report(done: Iterator[tuple[str, int]], *, as_json: bool, verb: str) -> None:
-    unshared = {}
-    for name, pages in done:
-        unshared[name] = pages
+def _report(done: Iterator[GuestFigures], *, as_json: bool, verb: str) -> None:
+    guests = []
+    for guest in done:
+        pages = guest.sharing_pages
+        guests.append({"name": guest.name, "pid": guest.pid, "unshared_pages": pages})
         if not as_json:
-            click.echo(f"{name} {verb}: {pages:,} pages ({mib(pages)} MiB) were shared.")
+            click.echo(f"{printable(guest.name)} {verb}: {pages:,} pages ({mib(pages)} MiB) were shared.")
     if as_json:
-        print_json({"unshared_pages": unshared})
+        print_json({"guests": guests})

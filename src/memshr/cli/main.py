@@ -21,6 +21,7 @@ from memshr.cli.replay import replay
 from memshr.cli.share import share
 from memshr.cli.status import status, top
 from memshr.errors import MemshrError
+from memshr.report.wording import printable
 
 EPILOG = """\b
 Examples:
@@ -50,8 +51,10 @@ def commands() -> None:
     written, and puts them on one frame. Pages are shared only within a trust group: each domain for itself, unless
     --group says otherwise.
 
-    A SOURCE is a memory image: a raw file of pages, or an ELF core (QEMU's dump-guest-memory, gcore, memshr capture).
-    Running QEMU guests on Linux are qemu:all, qemu:NAME, qemu:PID, or qemu:NAME@SOCKET with their QMP socket; as root.
+    A SOURCE is a memory image: a raw file of pages, an ELF core (QEMU's dump-guest-memory, gcore, memshr capture), or
+    one of the other formats of docs/images.md. Running QEMU guests on Linux are qemu:all, qemu:NAME, qemu:PID, or
+    qemu:NAME@SOCKET with their QMP socket; domains of a Xen host are xen:all, xen:DOMID, xen:NAME; both as root. A
+    process is pid:N.
     """
 
 
@@ -78,7 +81,7 @@ def main() -> NoReturn:
         print("memshr: interrupted", file=sys.stderr)
         sys.exit(130)
     except MemshrError as error:
-        print(f"memshr: {error}", file=sys.stderr)
+        print(f"memshr: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing may be written on the way out.

@@ -21,18 +21,13 @@ def command_reference() -> str:
     """The text of docs/commands.md."""
     parts = [_HEAD, *_texts(commands)]
     for name, command in sorted(commands.commands.items()):
-        arguments = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
-        usage = " ".join(["memshr", name, "[OPTIONS]", *(_argument(argument) for argument in arguments)])
+        with click.Context(command, info_name=f"memshr {name}") as context:
+            usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+            options = [each.get_help_record(context) for each in command.params if isinstance(each, click.Option)]
         parts += [f"\n## memshr {name}\n", f"```text\n{usage}\n```\n", *_texts(command)]
-        options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
-        if options:
-            parts += ["| option | |", "|---|---|", *(_option(option) for option in options), ""]
+        if rows := [_row(*option) for option in options if option is not None]:
+            parts += ["| option | |", "|---|---|", *rows, ""]
     return "\n".join(parts)
-
-
-def _argument(argument: click.Argument) -> str:
-    name = argument.metavar or (argument.name or "").upper()
-    return name if argument.required else f"[{name}]..." if argument.nargs == -1 else f"[{name}]"
 
 
 def _texts(command: click.Command) -> list[str]:
@@ -47,14 +42,9 @@ def _texts(command: click.Command) -> list[str]:
     return texts
 
 
-def _option(option: click.Option) -> str:
-    names = ", ".join(option.opts)
-    if not option.is_flag:
-        names += f" {option.metavar or option.type.name.upper()}"
-    text = option.help or ""
-    if option.show_default:
-        text += f" Default: {option.default}."
-    return f"| `{names}` | {text} |".replace("|all", "\\|all")
+def _row(names: str, text: str) -> str:
+    names, text = (" ".join(cell.replace("|", "\\|").split()) for cell in (names, text))
+    return f"| `{names}` | {text} |"
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 import click
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from memshr.hypervisor import Hypervisor
+from memshr.report.wording import printable
 from memshr.sharing.fingerprint import SEED_BITS
 from memshr.sharing.groups import trust_groups
 from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, SharingReport
@@ -64,7 +66,7 @@ def progress_bar() -> Iterator[Progress]:
     """A progress bar on standard error; silent unless that is a terminal."""
     console = Console(stderr=True)
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
@@ -83,7 +85,7 @@ def _session_progress() -> Iterator[Callable[[SessionProgress], None]]:
         def show(progress: SessionProgress) -> None:
             key = progress.group, progress.phase
             if key not in tasks:
-                tasks[key] = bar.add_task(f"{progress.phase} {progress.group}", total=progress.total_pages)
+                tasks[key] = bar.add_task(printable(f"{progress.phase} {progress.group}"), total=progress.total_pages)
             bar.update(tasks[key], completed=progress.done_pages)
 
         yield show
@@ -92,6 +94,11 @@ def _session_progress() -> Iterator[Callable[[SessionProgress], None]]:
 def mib(pages: int) -> str:
     """Pages as MiB, with one decimal."""
     return f"{pages * PAGE_SIZE / 2**20:,.1f}"
+
+
+def shown(words: str) -> str:
+    """Words that may hold a name, which is data of strangers, for a console: no markup, no control characters."""
+    return escape(printable(words))
 
 
 def plain_table(*columns: str) -> Table:
@@ -124,9 +131,9 @@ def print_report(report: SharingReport, *, verb: str) -> None:
         f"Xen's counters: {report.counters.freed_pages:,} pages freed, {report.counters.used_frames:,} frames used."
     )
     if report.stopped is not None:
-        console.print(f"[bold]Stopped early[/bold]: {report.stopped}")
+        console.print(f"[bold]Stopped early[/bold]: {shown(report.stopped)}")
     for finding in report.audit_findings:
-        console.print(f"[bold]audit[/bold] {finding}")
+        console.print(f"[bold]audit[/bold] {shown(str(finding))}")
     if not report.audit_findings:
         console.print("Audit: every frame, reference and counter agrees.")
 
@@ -148,8 +155,8 @@ def _domain_table(report: SharingReport) -> Table:
     table = plain_table("domain", "group", "pages", "zero", "shared", "saved inside", "unique", "left out")
     for domain in report.domains:
         table.add_row(
-            domain.name,
-            domain.group,
+            shown(domain.name),
+            shown(domain.group),
             *(
                 f"{pages:,}"
                 for pages in (
@@ -169,7 +176,7 @@ def _pair_table(report: SharingReport) -> Table:
     table = plain_table("who has how much in common", "contents", "MiB", "pages that hold them")
     pairs = sorted(report.pairs, key=lambda pair: -pair.contents)
     for pair in pairs[:_PAIRS_SHOWN]:
-        table.add_row(" + ".join(pair.names), f"{pair.contents:,}", mib(pair.contents), f"{pair.pages:,}")
+        table.add_row(shown(" + ".join(pair.names)), f"{pair.contents:,}", mib(pair.contents), f"{pair.pages:,}")
     if len(pairs) > _PAIRS_SHOWN:
         table.caption = f"and {len(pairs) - _PAIRS_SHOWN} pairs more: --json has them all"
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_
 from memshr.cli.options import huge_pages, huge_share, print_json, reserve_mib, sharing_options
 from memshr.cli.session import exit_with, mib, not_to_be_stopped, print_report, run_session
 from memshr.errors import RefusedDomainError
+from memshr.report.wording import printable
 from memshr.sharing.groups import trust_groups
 from memshr.sharing.session import SharingOptions
 from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, DomainInfo
@@ -69,14 +71,11 @@ def share(
     exit_with(report)
 
 
-def group_names(specs: Sequence[str], domains: Sequence[DomainInfo]) -> Mapping[str, Collection[str]]:
-    """The names of the domains of each trust group that ``specs`` write down."""
-    names = {info.domid: info.name for info in domains}
-    return {
-        group.name: [names[domid] for domid in group.domids]
-        for group in trust_groups(domains, specs, lambda: 0)
-        if specs and (len(group.domids) > 1 or any(spec.startswith(f"{group.name}=") for spec in specs))
-    }
+def group_members(specs: Sequence[str], domains: Sequence[DomainInfo]) -> Mapping[str, Collection[int]]:
+    """The domids of each trust group that ``specs`` write down."""
+    written = {spec.partition("=")[0].strip() for spec in specs}
+    groups = trust_groups(domains, specs, lambda: 0)
+    return {group.name: group.domids for group in groups if group.name in written}
 
 
 def _share_guests(
@@ -93,9 +92,7 @@ def _share_guests(
     before_bytes = host_available_bytes()
     with (
         not_to_be_stopped(),
-        open_guests(
-            willing, groups=lambda domains: group_names(groups, domains), reserve_bytes=reserve_bytes
-        ) as hypervisor,
+        open_guests(willing, groups=partial(group_members, groups), reserve_bytes=reserve_bytes) as hypervisor,
     ):
         report = run_session(hypervisor, groups, options)
         hypervisor.fold_back()
@@ -115,7 +112,7 @@ def _share_guests(
             " yet, and by neighbours of shared pages in huge pages that were split."
         )
         for guest in figures:
-            click.echo(f"{guest.name}: {guest.mappings_left:,} more mappings fit into its process.")
+            click.echo(f"{printable(guest.name)}: {guest.mappings_left:,} more mappings fit into its process.")
     exit_with(report)
 
 
@@ -133,5 +130,5 @@ def _willing(processes: Sequence[GuestProcess]) -> list[GuestProcess]:
     if not willing:
         raise RefusedDomainError(reasons[0] if len(reasons) == 1 else "; ".join(reasons), reasons=reasons)
     for reason in reasons:
-        print(f"memshr: {reason}", file=sys.stderr)
+        print(f"memshr: {printable(reason)}", file=sys.stderr)
     return willing

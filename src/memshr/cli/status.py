@@ -17,7 +17,8 @@ from rich.table import Table
 
 from memshr.backends import SourceKind, kind_of, open_xen, select_domains, select_guests
 from memshr.cli.options import as_json, print_json
-from memshr.cli.session import mib
+from memshr.cli.session import mib, shown
+from memshr.report.wording import printable
 
 if TYPE_CHECKING:
     from memshr.qemu.status import GuestStatus
@@ -56,7 +57,7 @@ def status(guests: tuple[str, ...], as_json: bool) -> None:
     _console().print(_table(found, {}))
     for each in found:
         for refusal in each.refusals:
-            click.echo(f"{each.process.name} ({each.process.pid}) must not be touched: {refusal}")
+            click.echo(f"{printable(each.process.name)} ({each.process.pid}) must not be touched: {refusal}")
 
 
 @click.command(short_help="Watch what the guests share.")
@@ -83,17 +84,20 @@ def top(guests: tuple[str, ...], interval: float, count: int | None) -> None:
             xen = stack.enter_context(open_xen())
             _refresh(console, lambda: _xen_table(xen, guests), interval, count)
             return
-        before: dict[int, int] = {}
+        before: dict[int, tuple[float, int]] = {}
+        """of each guest when it was looked at, and its copied pages then"""
 
         def look() -> Table:
             found = _look(guests)
+            now_s = time.monotonic()
             rates = {
-                each.process.pid: (each.copied_pages - before[each.process.pid]) / interval
+                each.process.pid: (each.copied_pages - copied) / (now_s - then_s)
                 for each in found
-                if each.process.pid in before
+                for then_s, copied in [before.get(each.process.pid, (now_s, 0))]
+                if then_s < now_s
             }
             before.clear()
-            before.update({each.process.pid: each.copied_pages for each in found})
+            before.update({each.process.pid: (now_s, each.copied_pages) for each in found})
             return _table(found, rates)
 
         _refresh(console, look, interval, count)
@@ -126,7 +130,7 @@ def _xen_table(xen: XenHypervisor, sources: Sequence[str]) -> Table:
     for domid in select_domains(xen, sources):
         info = xen.domain_info(domid)
         table.add_row(
-            info.name,
+            shown(info.name),
             str(domid),
             info.kind,
             mib(info.tot_pages),
@@ -162,8 +166,8 @@ def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:
     for each in found:
         rate = rates.get(each.process.pid)
         table.add_row(
-            each.process.name,
-            ", ".join(each.groups),
+            shown(each.process.name),
+            shown(", ".join(each.groups)),
             str(each.process.pid),
             each.state,
             f"{each.ram_bytes / 2**20:,.1f}",

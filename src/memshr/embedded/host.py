@@ -396,7 +396,7 @@ class Host:
         self._existing(domid, "set_hvm_param").hvm_params[parameter] = value
 
     def ring_events(self, domid: DomId) -> tuple[Gfn, ...]:
-        """The gfns that were posted on the sharing ring since it was enabled, oldest first."""
+        """The gfns that were posted on the sharing ring since it was enabled or the domain resumed, oldest first."""
         return tuple(Gfn(gfn) for gfn in self._existing(domid, "ring_events").ring_events)
 
     @staticmethod

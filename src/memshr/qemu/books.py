@@ -33,7 +33,7 @@ from memshr.qemu.agent import is_in_session
 from memshr.qemu.attachment import Attachment
 from memshr.qemu.guests import GuestProcess, find_guests
 from memshr.qemu.lock import holder_of
-from memshr.qemu.pool import FramePool
+from memshr.qemu.pool import FramePool, fits_pool
 from memshr.types import (
     PAGE_SIZE,
     AuditFinding,
@@ -70,7 +70,6 @@ class GuestFigures:
     name: str
     pid: int
     group: str
-    ram_pages: int
     sharing_pages: int
     copied_pages: int
     nominated_pages: int
@@ -114,12 +113,12 @@ class PoolBooks:
 class GuestBooks:
     """The books of some guests, who get the domids 1, 2, ... in this order.
 
-    :param groups: name of a trust group -> names of its guests.
+    :param groups: name of a trust group -> domids of its guests.
     :raises NoSuchDomainError: a guest has ended, or ``groups`` names one that is not there.
     :raises BackendError: a guest's monitor cannot be used.
     """
 
-    def __init__(self, processes: Sequence[GuestProcess], groups: Mapping[str, Collection[str]]) -> None:
+    def __init__(self, processes: Sequence[GuestProcess], groups: Mapping[str, Collection[int]]) -> None:
         self.guests: list[Attachment] = []
         self.pools: list[PoolBooks] = []
         self.lock = threading.Lock()
@@ -363,7 +362,6 @@ class GuestBooks:
             name=guest.process.name,
             pid=guest.process.pid,
             group=self.groups[guest.domid - 1],
-            ram_pages=guest.pages,
             sharing_pages=sharing,
             copied_pages=len(in_pool) - sharing,
             nominated_pages=int((self.phase[base : base + guest.pages] == NOMINATED).sum()),
@@ -495,14 +493,20 @@ def _present(numbers: NDArray[np.integer]) -> list[int]:
     return found
 
 
-def _group_of_each(processes: Sequence[GuestProcess], groups: Mapping[str, Collection[str]]) -> list[str]:
-    names = [process.name for process in processes]
-    found: dict[str, str] = {}
+def _group_of_each(processes: Sequence[GuestProcess], groups: Mapping[str, Collection[int]]) -> list[str]:
+    found: dict[int, str] = {}
     for group, members in groups.items():
-        for member in members:
-            if member not in names:
-                raise NoSuchDomainError(f"group {group} names {member}, which is no guest here")
-            if member in found:
-                raise BackendError(f"guest {member} is in two trust groups, {found[member]} and {group}")
-            found[member] = group
-    return [found.get(process.name, f"guest {process.name} {process.pid}") for process in processes]
+        if not fits_pool(group):
+            raise BackendError(f"the name of trust group {group[:32]}... is too long", remedy="give it a shorter one")
+        for domid in members:
+            if not 0 < domid <= len(processes):
+                raise NoSuchDomainError(f"group {group} names domain {domid}, which is no guest here")
+            if domid in found:
+                raise BackendError(f"domain {domid} is in two trust groups, {found[domid]} and {group}")
+            found[domid] = group
+    return [found.get(number) or _own_group(process) for number, process in enumerate(processes, start=1)]
+
+
+def _own_group(process: GuestProcess) -> str:
+    named = f"guest {process.name} {process.pid}"
+    return named if fits_pool(named) else f"guest {process.pid}"

@@ -82,7 +82,7 @@ class QemuHypervisor:
     all nominations and leaves what is shared shared.
 
     :param processes: the guests; they get the domids 1, 2, ... in this order.
-    :param groups: name of a trust group -> names of its guests. A guest that is in none is a group of its own.
+    :param groups: name of a trust group -> domids of its guests. A guest that is in none is a group of its own.
     :param reserve_bytes: sharing and unsharing stop before the host's MemAvailable falls below this.
     :raises NoSuchDomainError: a guest has ended, or ``groups`` names one that is not there.
     :raises RefusedDomainError: another memshr has a guest in hand.
@@ -93,7 +93,7 @@ class QemuHypervisor:
         self,
         processes: Sequence[GuestProcess],
         *,
-        groups: Mapping[str, Collection[str]] | None = None,
+        groups: Mapping[str, Collection[int]] | None = None,
         reserve_bytes: int = DEFAULT_RESERVE_BYTES,
     ) -> None:
         self._reserve_bytes = reserve_bytes

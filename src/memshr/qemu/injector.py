@@ -64,7 +64,9 @@ _AGENT_CALLS: Final[Sequence[tuple[int, tuple[int, ...]]]] = (
     (syscalls.NR_FUTEX, (0, 0)),
     (syscalls.NR_FCNTL, (3, syscalls.F_DUPFD_CLOEXEC, 3)),
     (syscalls.NR_FSTAT, (3,)),
-    (syscalls.NR_IOCTL, (3, syscalls.USERFAULTFD_IOC_NEW, os.O_CLOEXEC)),
+    (syscalls.NR_IOCTL, (3, syscalls.USERFAULTFD_IOC_NEW, os.O_CLOEXEC))
+    if Path("/dev/userfaultfd").exists()
+    else (syscalls.NR_USERFAULTFD, (os.O_CLOEXEC,)),
     (syscalls.NR_SENDTO, (3, 0, 1, 0x4000)),
     (syscalls.NR_READ, (3, 0, 1)),
     (syscalls.NR_CLOSE, (3,)),

@@ -19,6 +19,7 @@ import fcntl
 import os
 import stat
 from typing import Final, Self
+from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ NAME_PREFIX: Final = "memshr-pool:"
 _MAPPED_PREFIX: Final = f"/memfd:{NAME_PREFIX}"
 _MODE: Final = 0o400
 _DELETED: Final = " (deleted)"
+_PLAIN: Final = " !#$&'()*+,/:;<=>?@[]^{|}"
+_MOST_BYTES: Final = 249
 
 
 def of_pools(mappings: Mappings) -> NDArray[np.bool_]:
@@ -41,7 +44,17 @@ def of_pools(mappings: Mappings) -> NDArray[np.bool_]:
 
 def group_of(path: str) -> str:
     """The trust group whose pool has this path in /proc/PID/maps."""
-    return path.removeprefix(_MAPPED_PREFIX).removesuffix(_DELETED)
+    return os.fsdecode(unquote_to_bytes(path.removeprefix(_MAPPED_PREFIX).removesuffix(_DELETED)))
+
+
+def fits_pool(group: str) -> bool:
+    """Whether a pool can be named after this trust group: memfd_create(2) takes 249 bytes at most."""
+    return len(_name(group)) <= _MOST_BYTES
+
+
+def _name(group: str) -> str:
+    # The kernel writes a line end as \012 where a user reads the name; whatever is not plain is quoted here.
+    return NAME_PREFIX + quote(os.fsencode(group), safe=_PLAIN)
 
 
 class FramePool:
@@ -58,7 +71,7 @@ class FramePool:
     @classmethod
     def create(cls, group: str) -> Self:
         """A new, empty pool."""
-        file = syscalls.memfd_create(NAME_PREFIX + group)
+        file = syscalls.memfd_create(_name(group))
         os.fchmod(file, _MODE)
         fcntl.fcntl(file, syscalls.F_ADD_SEALS, syscalls.F_SEAL_SHRINK)
         return cls(group, file)

@@ -85,18 +85,18 @@ def status_of(process: GuestProcess) -> GuestStatus:
     )
 
 
-def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[str]]:
-    """The trust groups whose frames these guests have mapped: name -> names of the guests.
+def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[int]]:
+    """The trust groups whose frames these guests have mapped: name -> numbers of the guests, counted from 1.
 
     A guest that has frames of several is named in the first of them only; audit finds what does not belong there.
     """
-    found: dict[str, list[str]] = {}
-    for process in processes:
+    found: dict[str, list[int]] = {}
+    for number, process in enumerate(processes, start=1):
         mappings = process.mappings()
         pools = of_pools(mappings)
         groups = sorted({group_of(mappings.paths[name]) for name in np.unique(mappings.name[pools]).tolist()})
         if groups:
-            found.setdefault(groups[0], []).append(process.name)
+            found.setdefault(groups[0], []).append(number)
     return found
 
 

@@ -71,12 +71,14 @@ def parse_line(text: str, saved: Mapping[str, int]) -> Line | None:
     parameters = [parameter.name for parameter in OPERATIONS[name].parameters]
     arguments: dict[str, int | str] = {}
     save = None
-    for place, (key, value, column) in enumerate(words[1:]):
+    place = -1
+    for key, value, column in words[1:]:
         if key == "save":
             if not re.fullmatch(r"\w+", value):
                 raise ScriptError(f"{value!r} is no name to keep a handle by", column=column)
             save = value
             continue
+        place += 1
         if key is None and place >= len(parameters):
             raise ScriptError(f"{name} takes at most {len(parameters)} values", column=column)
         parameter = key or parameters[place]

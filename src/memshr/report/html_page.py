@@ -271,6 +271,7 @@ def _matrix_domains(estimate: Estimate) -> list[DomainEstimate]:
 
 def _matrix_plot(estimate: Estimate, shown: Sequence[DomainEstimate], unit: Unit) -> Markup:
     pairs = {frozenset(pair.domids): pair for pair in estimate.pairs}
+    group_of = {domid: number for number, group in enumerate(estimate.groups) for domid in group.domids}
     most_pair = max((pair.contents for pair in estimate.pairs), default=0) or 1
     most_inside = max((domain.intra_pages for domain in shown), default=0) or 1
     cells: list[Cell] = []
@@ -282,7 +283,7 @@ def _matrix_plot(estimate: Estimate, shown: Sequence[DomainEstimate], unit: Unit
             else:
                 pair = pairs.get(frozenset((one.domid, other.domid)))
                 pages, most = pair.contents if pair else 0, most_pair
-                kind = "heat" if one.group == other.group else "barred"
+                kind = "heat" if group_of[one.domid] == group_of[other.domid] else "barred"
                 verb = "save together" if kind == "heat" else "not allowed: different groups; would save together"
                 tip = f"{printable(other.name)} and {printable(one.name)}\n{verb}: {_Figures.plain(pages)}"
             cells.append(Cell(row, column, kind, pages / most, unit.number(pages) if pages else "0", tip))

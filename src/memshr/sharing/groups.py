@@ -40,8 +40,8 @@ def trust_groups(domains: Sequence[DomainInfo], specs: Sequence[str], new_seed: 
         ``all``, which puts all domains into one group.
     :param new_seed: gives an unpredictable seed of ``fingerprint.SEED_BITS`` bits at each call.
     :returns: groups in the order of the specs, then the single domains in the order of ``domains``.
-    :raises GroupError: a spec that has no name or no domains, two groups of one name, a domain that is unknown,
-        ambiguous, or named twice.
+    :raises GroupError: a spec that has no name or no domains, two groups of one name or one of the name of a domain
+        outside it, a domain that is unknown, ambiguous, or named twice.
     """
     if EVERY_DOMAIN in specs:
         if len(specs) > 1:
@@ -60,6 +60,12 @@ def trust_groups(domains: Sequence[DomainInfo], specs: Sequence[str], new_seed: 
             group_of[domid] = name
         groups.append(Group(name, domids, new_seed()))
     alone = [info for info in domains if info.domid not in group_of]
+    for group in groups:
+        if group.name in (info.name for info in alone):
+            raise GroupError(
+                f"group {group.name!r} has the name of a domain that is not in it",
+                remedy="give it another name, or put that domain in",
+            )
     return groups + [Group(info.name, (info.domid,), new_seed()) for info in alone]
 
 
