@@ -47,7 +47,9 @@ class Page:
 
 @dataclass(eq=False)
 class Domain:
-    """One domain. ``owned`` are its frames, at a gfn or not; ``leaving`` those of them that wait to be released."""
+    """One domain. ``owned`` are its frames, at a gfn or not, in the order in which they came to it; ``leaving`` those
+    of them that wait to be released.
+    """
 
     domid: int
     max_pages: int
@@ -57,10 +59,11 @@ class Domain:
     enabled: bool = False
     dying: bool = False
     crashed: bool = False
+    log_dirty: bool = False
     parent: Domain | None = None
     max_gfn: int = -1
     pages: dict[int, Page] = field(default_factory=dict)
-    owned: set[Frame] = field(default_factory=set)
+    owned: dict[Frame, None] = field(default_factory=dict)
     leaving: set[Frame] = field(default_factory=set)
     grants: dict[int, int] = field(default_factory=dict)
     parameters: dict[int, int] = field(default_factory=dict)
@@ -117,7 +120,7 @@ class NaiveXen:
         if len(domain.owned) >= domain.max_pages or not self._has_room():
             return None
         frame = Frame(data)
-        domain.owned.add(frame)
+        domain.owned[frame] = None
         return frame
 
     # -- domains -----------------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ class NaiveXen:
         domain = self.domains[domid] = Domain(domid, max_pages, kind, vcpus)
         for gfn in range(pages):
             frame = Frame()
-            domain.owned.add(frame)
+            domain.owned[frame] = None
             domain.put(gfn, RW, frame)
         return 0
 
@@ -139,23 +142,22 @@ class NaiveXen:
         if domain.dying:
             return 0
         domain.dying = True
+        domain.parent = None
         self._drop_ring(domain)
         for gfn, page in domain.pages.items():
             if page.kind == SHARED:
                 self._leave(domid, gfn, page)
         domain.pages.clear()
-        domain.owned = {frame for frame in domain.owned if frame.refs}
+        domain.owned = {frame: None for frame in domain.owned if frame.refs}
         domain.leaving = set(domain.owned)
         self._reap()
         return 0
 
     def _reap(self) -> None:
         parents = {domain.parent for domain in self.domains.values()}
-        gone = [d for d in self.domains.values() if d.dying and not d.owned and d not in parents]
-        for domain in gone:
-            del self.domains[domain.domid]
-        if gone:
-            self._reap()
+        for domain in list(self.domains.values()):
+            if domain.dying and not domain.owned and domain not in parents:
+                del self.domains[domain.domid]
 
     def pause(self, domid: int) -> int:
         if domid not in self.domains:
@@ -187,7 +189,7 @@ class NaiveXen:
         if frame.refs:
             domain.leaving.add(frame)
         else:
-            domain.owned.remove(frame)
+            del domain.owned[frame]
 
     def _own(self, domain: Domain, gfn: int) -> int:
         """What a write does first: give the page a frame of its own."""
@@ -196,7 +198,7 @@ class NaiveXen:
             assert page.frame is not None
             if page.frame.sharers == {(domain.domid, gfn)}:
                 page.frame.sharers.clear()
-                domain.owned.add(page.frame)
+                domain.owned[page.frame] = None
                 domain.put(gfn, RW, page.frame)
                 return 0
             frame = self._allocate(domain, page.frame.data)
@@ -213,11 +215,10 @@ class NaiveXen:
             domain.put(gfn, RW, frame)
         return 0
 
-    def _ancestor_with(self, domain: Domain, gfn: int) -> Domain | None:
-        ancestor = domain.parent
-        while ancestor is not None and ancestor.page(gfn).kind not in RAM:
-            ancestor = ancestor.parent
-        return ancestor
+    def _nearest_with(self, domain: Domain | None, gfn: int) -> Domain | None:
+        while domain is not None and domain.page(gfn).kind not in RAM:
+            domain = domain.parent
+        return domain
 
     def _copy_down(self, ancestor: Domain, child: Domain, gfn: int) -> int:
         source = ancestor.page(gfn)
@@ -234,24 +235,26 @@ class NaiveXen:
         domain = self.domains.get(domid)
         if domain is None:
             return -errno.ESRCH
-        if domain.page(gfn).kind in EMPTY and domain.parent and not domain.dying and 0 <= gfn <= domain.max_gfn:
-            ancestor = self._ancestor_with(domain, gfn)
-            if ancestor is None:
-                return -errno.EINVAL
-            handle = -1 if write else self._nominate(ancestor, gfn, 0)
-            if handle > 0:
-                shared = ancestor.page(gfn).frame
-                assert shared is not None
-                shared.sharers.add((domid, gfn))
-                domain.put(gfn, SHARED, shared)
-            elif status := self._copy_down(ancestor, domain, gfn):
-                return status
-        kind = domain.page(gfn).kind
-        if kind not in RAM or (write and kind == RO):
+        self._fill(domain, gfn, write=write)
+        if domain.page(gfn).kind not in RAM:
             return -errno.EINVAL
         return self._own(domain, gfn) if write else 0
 
+    def _fill(self, domain: Domain, gfn: int, *, write: bool) -> None:
+        ancestor = self._nearest_with(domain.parent, gfn)
+        if domain.page(gfn).kind not in EMPTY or ancestor is None or not in_range(gfn):
+            return
+        if write or self._nominate(ancestor, gfn, 0) < 0:
+            self._copy_down(ancestor, domain, gfn)
+            return
+        shared = ancestor.page(gfn).frame
+        assert shared is not None
+        shared.sharers.add((domain.domid, gfn))
+        domain.put(gfn, SHARED, shared)
+
     def write(self, domid: int, gfn: int, data: bytes, vcpu: int | None) -> int:
+        if vcpu is not None and domid in self.domains and self.domains[domid].page(gfn).kind == RO:
+            return 0
         status = self._access(domid, gfn, write=True)
         if status == -errno.ENOMEM and vcpu is not None:
             domain = self.domains[domid]
@@ -289,7 +292,7 @@ class NaiveXen:
         for domain in self.domains.values():
             if not frame.refs and frame in domain.leaving:
                 domain.leaving.remove(frame)
-                domain.owned.remove(frame)
+                del domain.owned[frame]
         self._reap()
 
     def populate(self, domid: int, gfn: int) -> int:
@@ -341,11 +344,12 @@ class NaiveXen:
         domain = self.domains.get(domid)
         if domain is None:
             return -errno.ESRCH
-        if not in_range(gfn) or kind not in (RW, RO, MMIO):
+        if not 0 <= gfn <= max(domain.max_gfn, 0) or kind not in (RW, RO, MMIO):
             return -errno.EINVAL
+        self._fill(domain, gfn, write=True)
         if domain.page(gfn).kind in RAM:
-            if status := self._own(domain, gfn):
-                return status
+            if self._own(domain, gfn):
+                return -errno.EAGAIN
         elif kind != MMIO:
             return -errno.EINVAL
         domain.put(gfn, kind, domain.page(gfn).frame)
@@ -363,13 +367,23 @@ class NaiveXen:
         return 0
 
     def modified_memory(self, domid: int, gfn: int) -> int:
-        if domid not in self.domains:
+        domain = self.domains.get(domid)
+        if domain is None:
             return -errno.ESRCH
-        return self._own(self.domains[domid], gfn)
+        if not domain.log_dirty:
+            return 0
+        if not 0 <= gfn < domain.max_gfn:
+            return -errno.EINVAL
+        if domain.page(gfn).kind == SHARED:
+            self._own(domain, gfn)
+        return 0
 
     def set_log_dirty(self, domid: int, enable: bool) -> int:
         if domid not in self.domains:
             return -errno.ESRCH
+        if enable and self.domains[domid].log_dirty:
+            return -errno.EINVAL
+        self.domains[domid].log_dirty = enable
         before, after = (RW, LOGDIRTY) if enable else (LOGDIRTY, RW)
         for page in self.domains[domid].pages.values():
             if page.kind == before:
@@ -437,15 +451,19 @@ class NaiveXen:
         if page.kind == SHARED:
             assert page.frame is not None
             return page.frame.handle
-        if page.kind not in SHARABLE or page.frame is None or page.frame.ring:
-            return -errno.EINVAL
-        if page.frame.refs != refs:
-            return -errno.E2BIG
+        if status := self._why_not_nominable(page, refs):
+            return status
+        assert page.frame is not None
         page.frame.handle, self.next_handle = self.next_handle, self.next_handle + 1
         page.frame.sharers.add((domain.domid, gfn))
-        domain.owned.remove(page.frame)
+        del domain.owned[page.frame]
         page.kind = SHARED
         return page.frame.handle
+
+    def _why_not_nominable(self, page: Page, refs: int) -> int:
+        if page.kind not in SHARABLE or page.frame is None or page.frame.ring:
+            return -errno.EINVAL
+        return 0 if page.frame.refs == refs else -errno.E2BIG
 
     def nominate(self, domid: int, gfn: int) -> int:
         return self._first(domid) or self._nominate(self.domains[domid], gfn, 0)
@@ -460,7 +478,8 @@ class NaiveXen:
         if status := self._both(source, client):
             return status
         ours, theirs = self.domains[source].page(sgfn), self.domains[client].page(cgfn)
-        if (source, sgfn) == (client, cgfn) or (ours.frame is theirs.frame and GRANT not in (ours.kind, theirs.kind)):
+        frames = [None if page.kind in EMPTY else page.frame for page in (ours, theirs)]
+        if (source, sgfn) == (client, cgfn) or (frames[0] is frames[1] and GRANT not in (ours.kind, theirs.kind)):
             return 0
         if SHARED not in (ours.kind, theirs.kind):
             return EITHER
@@ -493,11 +512,11 @@ class NaiveXen:
     def add_to_physmap(self, source: int, sgfn: int, sh: int, client: int, cgfn: int) -> int:
         if status := self._both(source, client):
             return status
-        if not in_range(cgfn):
-            return -errno.EINVAL
         ours = self.domains[source].page(sgfn)
         if ours.kind != SHARED or ours.frame is None or ours.frame.handle != sh:
             return SOURCE
+        if not in_range(cgfn):
+            return -errno.ENOENT
         if self.domains[client].page(cgfn).kind not in EMPTY:
             return CLIENT
         ours.frame.sharers.add((client, cgfn))
@@ -508,8 +527,9 @@ class NaiveXen:
         if status := self._both(source, client):
             return status
         ours, theirs = self.domains[source], self.domains[client]
-        outside = not all(0 <= gfn <= min(ours.max_gfn, theirs.max_gfn) for gfn in (first, last))
-        if not ours.pauses or not theirs.pauses or outside:
+        outside = not all(0 <= gfn <= max(0, min(ours.max_gfn, theirs.max_gfn)) for gfn in (first, last))
+        parents = [domain.parent for domain in self.domains.values()]
+        if outside or not all(domain.pauses or domain in parents for domain in (ours, theirs)):
             return -errno.EINVAL
         status = 0
         for gfn in range(first, last + 1):
@@ -549,10 +569,14 @@ class NaiveXen:
         domain = self.domains.get(domid)
         if domain is None:
             return -errno.ESRCH
-        if RING_PARAMETER not in domain.parameters:
-            return -errno.EOPNOTSUPP
+        if domain.dying:
+            return 0
+        if domain.kind != "hvm":
+            return -errno.ENODEV
         if domain.ring is not None:
             return -errno.EBUSY
+        if not domain.parameters.get(RING_PARAMETER):
+            return -errno.EOPNOTSUPP
         gfn = domain.parameters[RING_PARAMETER]
         if status := self._access(domid, gfn, write=True):
             return status
@@ -573,7 +597,7 @@ class NaiveXen:
         domain = self.domains.get(domid)
         if domain is None:
             return -errno.ESRCH
-        if domain.ring is None:
+        if domain.ring is None and not domain.dying:
             return -errno.EINVAL
         self._drop_ring(domain)
         return 0
@@ -581,8 +605,11 @@ class NaiveXen:
     def domain_resume(self, domid: int) -> int:
         if domid not in self.domains:
             return -errno.ESRCH
-        self.domains[domid].events.clear()
-        self.domains[domid].waiting.clear()
+        domain = self.domains[domid]
+        if domain.ring is None and not domain.dying:
+            return -errno.ENODEV
+        domain.events.clear()
+        domain.waiting.clear()
         return 0
 
     def _line(self, domain: Domain | None) -> Iterator[Domain]:
@@ -600,28 +627,36 @@ class NaiveXen:
             return status
         if not new.pauses:
             return -errno.EBUSY
-        if new.parent is not None:
-            return 0
-        if new in self._line(old):
-            return -errno.EINVAL
-        before = new.max_pages
-        new.parent, new.max_pages = old, old.max_pages
-        if status := self._copy_special_pages(old, new):
-            new.parent, new.max_pages = None, before
-            return status
-        new.max_gfn = max(new.max_gfn, old.max_gfn)
-        return 0
+        if new.parent is None:
+            if new in self._line(old):
+                return -errno.EINVAL
+            new.parent, new.max_pages = old, old.max_pages
+            in_order = [new.pages[gfn].frame for gfn in sorted(new.pages)]
+            at_gfns = {frame: None for frame in in_order if frame in new.owned}
+            new.owned = {frame: None for frame in new.owned if frame not in at_gfns} | at_gfns
+        if status := self._copy_settings(old, new):
+            new.parent = None
+            self._reap()
+        return status
 
-    def _copy_special_pages(self, parent: Domain, child: Domain) -> int:
-        special = {name: gfn for name, gfn in parent.parameters.items() if name in SPECIAL_PARAMETERS}
-        missing = {gfn for gfn in special.values() if in_range(gfn) and child.page(gfn).kind in EMPTY}
-        owners = {gfn: self._ancestor_with(child, gfn) for gfn in missing}
-        found = [(owner, gfn) for gfn, owner in owners.items() if owner is not None]
-        if found and (len(child.owned) + len(found) > child.max_pages or not self._has_room(len(found))):
-            return -errno.ENOMEM
-        for owner, gfn in found:
-            assert self._copy_down(owner, child, gfn) == 0
-        child.parameters.update(special)
+    def _copy_settings(self, parent: Domain, child: Domain) -> int:
+        child.parameters.update({name: value for name, value in parent.parameters.items() if value})
+        for name in SPECIAL_PARAMETERS:
+            gfn = parent.parameters.get(name, 0)
+            owner = self._nearest_with(parent, gfn) if gfn and in_range(gfn) else None
+            if owner is None:
+                continue
+            before = child.page(gfn)
+            if before.kind in EMPTY:
+                if status := self._copy_down(owner, child, gfn):
+                    return status
+            elif before.kind in RAM and before.frame is not owner.page(gfn).frame:
+                if status := self._own(child, gfn):
+                    return status
+                ours, theirs = child.page(gfn).frame, owner.page(gfn).frame
+                assert ours is not None
+                ours.data = bytes(PAGE) if theirs is None else theirs.data
+        child.max_gfn = max(child.max_gfn, parent.max_gfn)
         return 0
 
     def fork_reset(self, domid: int, *, state: bool, memory: bool) -> int:
@@ -632,9 +667,16 @@ class NaiveXen:
             return -errno.EINVAL
         if domain.parent is None:
             return -errno.ENOSYS
+        status = 0
         if memory:
+            last = list(domain.owned)[-1:]
+            status = -errno.EINVAL if last else 0
             for gfn, page in list(domain.pages.items()):
-                if page.kind in SHARABLE and page.frame is not None and not page.frame.refs:
-                    domain.owned.remove(page.frame)
-                    del domain.pages[gfn]
-        return self._copy_special_pages(domain.parent, domain) if state else 0
+                if page.kind != SHARED and page.frame is not None:
+                    refusal = self._why_not_nominable(page, 0)
+                    if last == [page.frame]:
+                        status = refusal
+                    if refusal == 0:
+                        del domain.owned[page.frame]
+                        del domain.pages[gfn]
+        return self._copy_settings(domain.parent, domain) if state else status

@@ -51,6 +51,7 @@ class Status(enum.IntEnum):
     E2BIG = -errno.E2BIG
     C_HANDLE_INVALID = -9
     S_HANDLE_INVALID = -10
+    EAGAIN = -errno.EAGAIN
     ENOMEM = -errno.ENOMEM
     EFAULT = -errno.EFAULT
     EBUSY = -errno.EBUSY

@@ -281,14 +281,14 @@ class Hypervisor(Protocol):
     def ring_enable(self, domid: DomId) -> int:
         """Enable the ring on which unsharing that lacks memory posts its gfn; returns its event-channel port.
 
-        :raises RefusedDomainError: EOPNOTSUPP: no ring page was set up; EBUSY: it is enabled already.
+        :raises RefusedDomainError: ENODEV: no HAP; EBUSY: it is enabled already; EOPNOTSUPP: no ring page was set up.
         """
 
     def ring_disable(self, domid: DomId) -> None:
         """Disable the ring. :raises RefusedDomainError: EINVAL: it is not enabled."""
 
     def domain_resume(self, domid: DomId) -> None:
-        """Let the vCPUs that wait for memory try again."""
+        """Let the vCPUs that wait for memory try again. :raises RefusedDomainError: ENODEV: the ring is not enabled."""
 
     def fork(self, parent: DomId, child: DomId) -> None:
         """Make the paused, empty domain ``child`` a fork of ``parent``: its pages are filled on demand, by sharing.
@@ -299,7 +299,8 @@ class Hypervisor(Protocol):
     def fork_reset(self, child: DomId, *, state: bool = False, memory: bool = False) -> None:
         """Bring a fork back to its parent's state and/or memory.
 
-        :raises RefusedDomainError: EINVAL: neither was asked for (looked at first); ENOSYS: not a fork.
+        :raises RefusedDomainError: EINVAL: neither was asked for (looked at first); ENOSYS: not a fork. Of the memory
+            alone E2BIG or EINVAL: the page that came last stays, as it is held or no plain RAM; the others are reset.
         """
 
 
@@ -313,6 +314,7 @@ _MEANINGS: dict[tuple[str, Status], tuple[type[errors.CallError], str]] = {
         "domain {domid} is the control domain, its pages are never shared",
     ),
     ("*", Status.ENOMEM): (errors.HostMemoryError, "no memory to give gfn {gfn} of domain {domid} its own frame"),
+    ("*", Status.EAGAIN): (errors.HostMemoryError, "no memory to give gfn {gfn} of domain {domid} its own frame"),
     ("*", Status.EINVAL): (errors.NotSharableError, "gfn {gfn} of domain {domid} is not populated with plain RAM"),
     ("*", Status.E2BIG): (
         errors.BusyPageError,
@@ -332,6 +334,10 @@ _MEANINGS: dict[tuple[str, Status], tuple[type[errors.CallError], str]] = {
         errors.NotSharableError,
         "the page behind grant reference {gfn} of domain {domid} is not shared",
     ),
+    ("add_to_physmap", Status.ENOENT): (
+        errors.NotSharableError,
+        "gfn {gfn} of domain {domid} is beyond the address width",
+    ),
     ("add_to_physmap", Status.ENOMEM): (
         errors.HostMemoryError,
         "no memory for the page tables that gfn {gfn} of domain {domid} needs",
@@ -342,10 +348,19 @@ _MEANINGS: dict[tuple[str, Status], tuple[type[errors.CallError], str]] = {
     ),
     ("fork", Status.EBUSY): (errors.RefusedDomainError, "domain {domid} must be paused to become a fork"),
     ("fork", Status.EINVAL): (errors.RefusedDomainError, "domain {domid} must have as many vCPUs as its parent"),
-    ("fork_reset", Status.EINVAL): (errors.RefusedDomainError, "fork_reset needs at least one of state and memory"),
+    ("fork_reset", Status.EINVAL): (
+        errors.RefusedDomainError,
+        "neither state nor memory was asked for, or the page that came last to domain {domid} is no plain RAM",
+    ),
+    ("fork_reset", Status.E2BIG): (
+        errors.RefusedDomainError,
+        "the page that came last to domain {domid} has references besides the domain's own, and stays",
+    ),
     ("fork_reset", Status.ENOSYS): (errors.RefusedDomainError, "domain {domid} is not a fork"),
     ("ring_enable", Status.EOPNOTSUPP): (errors.RefusedDomainError, "domain {domid} has no page for the sharing ring"),
     ("ring_enable", Status.EBUSY): (errors.RefusedDomainError, "the sharing ring of domain {domid} is enabled already"),
+    ("domain_resume", Status.ENODEV): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),
+    ("set_log_dirty", Status.EINVAL): (errors.RefusedDomainError, "log-dirty mode of domain {domid} is on already"),
     ("ring_disable", Status.EINVAL): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),
 }
 _HANDLE_SIDES: dict[Status, Side] = {Status.S_HANDLE_INVALID: "source", Status.C_HANDLE_INVALID: "client"}

@@ -8,7 +8,7 @@ import pytest
 from memshr import errors
 from memshr.embedded import EmbeddedHypervisor
 from memshr.embedded.hypervisor import SHARING_RING_PFN
-from memshr.types import PAGE_SIZE, DomId, Gfn, GrantRef, P2mType, PageArray
+from memshr.types import PAGE_SIZE, DomainKind, DomId, Gfn, GrantRef, Handle, P2mType, PageArray
 
 FAR = Gfn((1 << 36) - 1)
 
@@ -214,27 +214,224 @@ def test_a_fork_respects_max_pages() -> None:
     hypervisor.fork(parent, child)
     hypervisor.set_max_pages(child, 1)
     hypervisor.write(child, Gfn(0), b"x")
-    with pytest.raises(errors.HostMemoryError):
+    with pytest.raises(errors.NotSharableError):  # the hole stays, and Xen does not say why
         hypervisor.write(child, Gfn(1), b"x")
     assert hypervisor.read(child, Gfn(1)) == bytes(PAGE_SIZE)
     assert hypervisor.domain_info(child).tot_pages == 1
     assert_clean(hypervisor)
 
 
-def test_a_fork_that_fails_has_changed_nothing() -> None:
+def test_a_fork_that_fails_is_none_and_keeps_what_was_copied() -> None:
     hypervisor = EmbeddedHypervisor(limit_pages=5)
     parent = hypervisor.create_domain("P", 4)
-    for parameter, gfn in ((1, 0), (17, 1)):
+    hypervisor.write(parent, Gfn(1), b"store")
+    for parameter, gfn in ((1, 1), (17, 2)):
         hypervisor.set_hvm_param(parent, parameter, gfn)
     child = hypervisor.create_domain("C", max_pages=7)
-    before = hypervisor.domain_info(child)
     with pytest.raises(errors.HostMemoryError):
         hypervisor.fork(parent, child)
-    assert hypervisor.domain_info(child) == before
+    assert hypervisor.domain_info(child).tot_pages == 1
+    assert hypervisor.domain_info(child).max_pages == hypervisor.domain_info(parent).max_pages
+    assert hypervisor.read(child, Gfn(1))[:5] == b"store"
     with pytest.raises(errors.NotSharableError):
         hypervisor.read(child, Gfn(2))
     hypervisor.destroy_domain(parent)
     assert [info.domid for info in hypervisor.domains()] == [child]
+    assert_clean(hypervisor)
+
+
+def test_a_second_fork_and_a_reset_of_the_state_copy_special_pages_again() -> None:
+    hypervisor = EmbeddedHypervisor()
+    parent, child = hypervisor.create_domain("P", 4), hypervisor.create_domain("C")
+    hypervisor.set_hvm_param(parent, 1, 2)
+    hypervisor.fork(parent, child)
+    for text in (b"again", b"state"):
+        hypervisor.write(parent, Gfn(2), text)
+        assert hypervisor.read(child, Gfn(2))[:5] != text
+        if text == b"again":
+            hypervisor.fork(parent, child)
+        else:
+            hypervisor.fork_reset(child, state=True)
+        assert hypervisor.read(child, Gfn(2))[:5] == text
+    assert hypervisor.domain_info(child).tot_pages == 1
+
+
+def test_a_reset_of_the_state_does_not_write_into_a_frame_that_others_read() -> None:
+    hypervisor = EmbeddedHypervisor()
+    parent, child, other = (
+        hypervisor.create_domain("P", 4),
+        hypervisor.create_domain("C"),
+        hypervisor.create_domain("O", 4),
+    )
+    hypervisor.set_hvm_param(parent, 1, 2)
+    hypervisor.fork(parent, child)
+    for domid in (child, other):
+        hypervisor.write(domid, Gfn(2), b"both")
+    handles = [hypervisor.nominate_gfn(domid, Gfn(2)) for domid in (child, other)]
+    hypervisor.share_gfns(child, Gfn(2), handles[0], other, Gfn(2), handles[1])
+    hypervisor.fork_reset(child, state=True)
+    assert hypervisor.read(child, Gfn(2)) == bytes(PAGE_SIZE)
+    assert hypervisor.read(other, Gfn(2))[:4] == b"both"
+    assert_clean(hypervisor)
+
+
+@pytest.mark.parametrize(("held", "status"), [(1, 0), (2, errors.Status.E2BIG)])
+def test_a_reset_of_the_memory_answers_for_the_page_that_came_last(held: int, status: int) -> None:
+    hypervisor = EmbeddedHypervisor()
+    parent, child = family(hypervisor, 2)
+    for gfn in (0, 1, 2):
+        hypervisor.write(child, Gfn(gfn), b"child")
+    mapping = hypervisor.map_foreign(child, Gfn(held), writable=False)
+    if status:
+        with pytest.raises(errors.RefusedDomainError, match="came last") as caught:
+            hypervisor.fork_reset(child, memory=True)
+        assert caught.value.status == status
+    else:
+        hypervisor.fork_reset(child, memory=True)
+    assert hypervisor.domain_info(child).tot_pages == 1
+    assert hypervisor.read(child, Gfn(held))[:5] == b"child"
+    mapping.close()
+    hypervisor.fork_reset(child, memory=True)
+    assert hypervisor.domain_info(child).tot_pages == 0
+    assert hypervisor.read(child, Gfn(held)) == hypervisor.read(parent, Gfn(held))
+
+
+def test_a_reset_drops_memory_that_nobody_has_looked_at_yet() -> None:
+    hypervisor = EmbeddedHypervisor()
+    parent, child = hypervisor.create_domain("P", 4), hypervisor.create_domain("C", 5000)
+    hypervisor.fork(parent, child)
+    hypervisor.fork_reset(child, memory=True)
+    assert hypervisor.domain_info(child).tot_pages == 0
+    assert_clean(hypervisor)
+
+
+def test_a_dying_fork_lets_go_of_its_parent() -> None:
+    hypervisor = EmbeddedHypervisor()
+    parent, child = family(hypervisor, 2)
+    hypervisor.write(child, Gfn(0), b"x")
+    mapping = hypervisor.map_foreign(child, Gfn(0), writable=False)
+    hypervisor.destroy_domain(child)
+    hypervisor.destroy_domain(parent)
+    assert [info.domid for info in hypervisor.domains()] == [child]
+    mapping.close()
+    assert hypervisor.domains() == []
+
+
+def test_the_pause_of_a_fork_on_its_parent_counts_for_range_share() -> None:
+    hypervisor = EmbeddedHypervisor()
+    parent, other, child = (hypervisor.create_domain(name, 4) for name in "POC")
+    for domid in (parent, other):
+        hypervisor.control(domid, True)
+    hypervisor.unpause(parent)
+    with pytest.raises(errors.RefusedDomainError):
+        hypervisor.range_share(parent, other, Gfn(0), Gfn(3))
+    hypervisor.fork(parent, child)
+    hypervisor.range_share(parent, other, Gfn(0), Gfn(3))
+    assert hypervisor.counters().freed_pages == 4
+
+
+def test_a_fork_reads_its_parent_beyond_its_own_last_gfn() -> None:
+    hypervisor = EmbeddedHypervisor()
+    parent, child = family(hypervisor, 2)
+    hypervisor.populate(parent, Gfn(40))
+    hypervisor.write(parent, Gfn(40), b"late")
+    assert hypervisor.read(child, Gfn(40))[:4] == b"late"
+    assert hypervisor.max_gpfn(child) == 40
+
+
+# -- types of pages, log-dirty mode, holes ---------------------------------------------------------------------------
+
+
+def test_modified_memory_acts_in_log_dirty_mode_only() -> None:
+    hypervisor = EmbeddedHypervisor()
+    domid = hypervisor.create_domain("A", 4)
+    first, second = (hypervisor.nominate_gfn(domid, Gfn(gfn)) for gfn in (0, 1))
+    hypervisor.share_gfns(domid, Gfn(0), first, domid, Gfn(1), second)
+    hypervisor.modified_memory(domid, Gfn(0))
+    hypervisor.modified_memory(domid, Gfn(99))
+    assert hypervisor.counters().freed_pages == 1
+    hypervisor.set_log_dirty(domid, True)
+    with pytest.raises(errors.RefusedDomainError, match="on already"):
+        hypervisor.set_log_dirty(domid, True)
+    with pytest.raises(errors.NotSharableError):
+        hypervisor.modified_memory(domid, Gfn(3))  # its last gfn
+    hypervisor.set_max_pages(domid, 2)
+    hypervisor.modified_memory(domid, Gfn(0))  # no memory: nobody is told
+    assert hypervisor.counters().freed_pages == 1
+    hypervisor.set_max_pages(domid, 9)
+    hypervisor.modified_memory(domid, Gfn(0))
+    assert hypervisor.counters().freed_pages == 0
+
+
+def test_read_only_memory_is_written_by_dom0_and_not_by_its_guest() -> None:
+    hypervisor = EmbeddedHypervisor()
+    domid = hypervisor.create_domain("A", 4)
+    hypervisor.set_mem_type(domid, Gfn(1), P2mType.RAM_RO)
+    hypervisor.write(domid, Gfn(1), b"dom0")
+    hypervisor.write(domid, Gfn(1), b"lost", vcpu=0)
+    assert hypervisor.read(domid, Gfn(1))[:4] == b"dom0"
+    hypervisor.map_foreign(domid, Gfn(1), writable=True).close()
+
+
+def test_the_type_of_a_page_that_cannot_be_unshared_is_not_changed() -> None:
+    hypervisor = EmbeddedHypervisor()
+    domid = hypervisor.create_domain("A", 4)
+    first, second = (hypervisor.nominate_gfn(domid, Gfn(gfn)) for gfn in (0, 1))
+    hypervisor.share_gfns(domid, Gfn(0), first, domid, Gfn(1), second)
+    hypervisor.set_max_pages(domid, 2)
+    with pytest.raises(errors.HostMemoryError) as caught:
+        hypervisor.set_mem_type(domid, Gfn(0), P2mType.RAM_RO)
+    assert caught.value.status == errors.Status.EAGAIN
+    with pytest.raises(errors.NotSharableError):
+        hypervisor.set_mem_type(domid, Gfn(4), P2mType.MMIO_DM)  # beyond its last gfn
+
+
+def test_two_gfns_that_were_made_mmio_are_equal_holes() -> None:
+    hypervisor = EmbeddedHypervisor()
+    domid = hypervisor.create_domain("A", 4)
+    for gfn in (0, 1):
+        hypervisor.set_mem_type(domid, Gfn(gfn), P2mType.MMIO_DM)
+    hypervisor.share_gfns(domid, Gfn(0), Handle(5), domid, Gfn(1), Handle(6))
+    assert hypervisor.counters().used_frames == 0
+
+
+def test_beyond_the_address_width_the_handle_is_looked_at_first() -> None:
+    hypervisor = EmbeddedHypervisor()
+    domid = hypervisor.create_domain("A", 4)
+    handle = hypervisor.nominate_gfn(domid, Gfn(0))
+    for given, status in ((handle + 1, errors.Status.S_HANDLE_INVALID), (handle, errors.Status.ENOENT)):
+        with pytest.raises(errors.CallError) as caught:
+            hypervisor.add_to_physmap(domid, Gfn(0), Handle(given), domid, Gfn(1 << 36))
+        assert caught.value.status == status
+
+
+def test_what_the_ring_calls_refuse_in_xens_order() -> None:
+    hypervisor = EmbeddedHypervisor()
+    shadow, domid = hypervisor.create_domain("S", 4, kind=DomainKind.SHADOW), hypervisor.create_domain("A", 4)
+
+    def status_of(call: Callable[[DomId], object], on: DomId) -> int:
+        try:
+            call(on)
+        except errors.CallError as error:
+            return int(error.status)
+        return 0
+
+    assert status_of(hypervisor.ring_enable, shadow) == errors.Status.ENODEV
+    assert status_of(hypervisor.domain_resume, domid) == errors.Status.ENODEV
+    hypervisor.set_hvm_param(domid, 29, 0)
+    assert status_of(hypervisor.ring_enable, domid) == errors.Status.EOPNOTSUPP
+    hypervisor.set_hvm_param(domid, 29, 2)
+    assert status_of(hypervisor.ring_enable, domid) == 0
+    hypervisor.set_hvm_param(domid, 29, 0)
+    assert status_of(hypervisor.ring_enable, domid) == errors.Status.EBUSY
+    mapping = hypervisor.map_foreign(domid, Gfn(0), writable=False)
+    hypervisor.destroy_domain(domid)
+    for call in (hypervisor.ring_enable, hypervisor.ring_disable, hypervisor.domain_resume):
+        assert status_of(call, domid) == 0
+    mapping.close()
+
+
+# -- forks, who may be named -----------------------------------------------------------------------------------------
 
 
 def test_a_parent_with_other_vcpus_is_not_enabled() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from memshr import errors
 from memshr.embedded.columns import CHUNK_BITS
-from memshr.embedded.fork import fill_from_parent
+from memshr.embedded.fork import fill_from_parent, leave_parent
 from memshr.embedded.mem_sharing import Domain, MemSharing, PageTables
 from memshr.embedded.memory import MachineMemory
 from memshr.embedded.p2m import HOLES, TYPE_BITS, TYPE_MASK, FrameExtent, P2m, entry, is_ram
@@ -156,15 +156,14 @@ class Host:
         domain.dying = True
         self.disable_ring(domain)
         self.books.destroy(domain)
+        parent = leave_parent(domain)
         self._reap(domain)
+        self._reap(parent)
 
     def _reap(self, domain: Domain | None) -> None:
-        # A dying domain goes when nothing holds its frames and no fork of it is left; its parents may follow.
-        while domain is not None and domain.dying and not domain.tot_pages and not domain.forks:
+        # A dying domain goes when nothing holds its frames and no fork of it is left.
+        if domain is not None and domain.dying and not domain.tot_pages and not domain.forks:
             del self.books.domains[domain.domid]
-            domain = domain.parent
-            if domain is not None:
-                domain.forks -= 1
 
     def disable_ring(self, domain: Domain) -> None:
         """Take the sharing ring away, if it is enabled."""
@@ -213,16 +212,18 @@ class Host:
     # -- what a guest and its toolstack do with memory ---------------------------------------------------------------
 
     def write(self, domid: DomId, gfn: Gfn, data: bytes, offset: int = 0, *, vcpu: int | None = None) -> None:
-        """Write into a page, which unshares it.
+        """Write into a page, which unshares it. To read-only RAM dom0 writes; what a vCPU writes there is lost.
 
         :param vcpu: the vCPU of the guest that writes; None: dom0 writes through a mapping. It makes a difference when
             there is no memory to unshare the page: with the sharing ring enabled a vCPU waits until domain_resume and
             writes again then, without the ring the domain is crashed; dom0 only gets the error.
-        :raises NotSharableError: no writable RAM there. :raises HostMemoryError: no memory to unshare it.
+        :raises NotSharableError: no RAM there. :raises HostMemoryError: no memory to unshare it.
         :raises ValueError: the bytes do not fit into the page.
         """
         if offset < 0 or offset + len(data) > PAGE_SIZE:
             raise ValueError(f"{len(data)} bytes at offset {offset} do not fit into a page of {PAGE_SIZE} bytes")
+        if vcpu is not None and self.mem_type(domid, gfn) is P2mType.RAM_RO:
+            return
         try:
             mfn = self._frame_for(domid, gfn, "write", writable=True)
         except errors.HostMemoryError:
@@ -268,24 +269,23 @@ class Host:
     def _frame_for(self, domid: DomId, gfn: Gfn, call: str, *, writable: bool) -> int:
         # The frame to read or write; 0 when the page reads as zeros without one.
         domain = self._existing(domid, call)
+        self._fill(domain, gfn, writable=writable)
         value = self.books.entries.get(self._pid(domid, gfn))
-        if (
-            value & TYPE_MASK in HOLES
-            and domain.parent is not None
-            and not domain.dying
-            and 0 <= gfn <= domain.p2m.max_gfn
-        ):
-            if (status := fill_from_parent(self.books, domain, gfn, writable=writable)) != Status.OK:
-                raise error_of(call, status, domid=domid, gfn=gfn)
-            value = self.books.entries.get(page_id(domid, gfn))
         kind = value & TYPE_MASK
-        if not is_ram(value) or (writable and kind == P2mType.RAM_RO):
+        if not is_ram(value):
             raise error_of(call, Status.EINVAL, domid=domid, gfn=gfn)
         if writable and kind in (P2mType.RAM_SHARED, P2mType.RAM_POD):
             if (status := self.books.make_private(domain, gfn)) != Status.OK:
                 raise error_of(call, status, domid=domid, gfn=gfn)
             value = self.books.entries.get(page_id(domid, gfn))
         return value >> TYPE_BITS
+
+    def _fill(self, domain: Domain, gfn: Gfn, *, writable: bool) -> None:
+        # What an access does to a hole of a fork. Where that fails the hole stays, and nobody is told why.
+        if domain.parent is None or not 0 <= gfn < 1 << MAX_GFN_BITS:
+            return
+        if self.books.entries.get(page_id(domain.domid, gfn)) & TYPE_MASK in HOLES:
+            fill_from_parent(self.books, domain, gfn, writable=writable)
 
     def populate(self, domid: DomId, gfn: Gfn) -> None:
         """Put fresh RAM at a gfn, in place of what was there.
@@ -320,34 +320,49 @@ class Host:
         return P2mType(self.books.entries.get(self._pid(domid, gfn)) & TYPE_MASK)
 
     def set_mem_type(self, domid: DomId, gfn: Gfn, kind: P2mType) -> None:
-        """Make a gfn RAM_RW, RAM_RO or MMIO_DM; a shared page is unshared first.
+        """Make a gfn RAM_RW, RAM_RO or MMIO_DM; a shared page is unshared first, and a fork's page filled.
 
-        :raises NotSharableError: EINVAL: there is no RAM (a hole may become MMIO_DM), or no such type can be set.
-        :raises HostMemoryError: no memory to unshare it.
+        :raises NotSharableError: EINVAL: there is no RAM (a hole may become MMIO_DM), no such type can be set, or the
+            gfn is beyond the last one of the domain.
+        :raises HostMemoryError: EAGAIN: no memory to unshare it.
         """
         domain = self._existing(domid, "set_mem_type")
-        pid = self._pid(domid, gfn)
-        value = self.books.entries.get(pid)
         settable = kind in (P2mType.RAM_RW, P2mType.RAM_RO, P2mType.MMIO_DM)
-        if pid == NOWHERE or not settable or not (is_ram(value) or kind is P2mType.MMIO_DM):
+        if not settable or not 0 <= gfn <= max(0, domain.p2m.max_gfn):
             raise error_of("set_mem_type", Status.EINVAL, domid=domid, gfn=gfn)
-        if is_ram(value) and (status := self.books.make_private(domain, gfn)) != Status.OK:
-            raise error_of("set_mem_type", status, domid=domid, gfn=gfn)
+        self._fill(domain, gfn, writable=True)
+        pid = page_id(domid, gfn)
+        value = self.books.entries.get(pid)
+        if not is_ram(value) and kind is not P2mType.MMIO_DM:
+            raise error_of("set_mem_type", Status.EINVAL, domid=domid, gfn=gfn)
+        if is_ram(value) and self.books.make_private(domain, gfn) != Status.OK:
+            raise error_of("set_mem_type", Status.EAGAIN, domid=domid, gfn=gfn)
         self.books.entries.set(pid, entry(self.books.entries.get(pid) >> TYPE_BITS, kind))
 
     def modified_memory(self, domid: DomId, gfn: Gfn) -> None:
-        """What a device model says after writing a page: it is unshared, if it was shared.
+        """What a device model says after writing a page; in log-dirty mode it is unshared, if it was shared.
 
-        :raises HostMemoryError: no memory to unshare it.
+        If there is no memory for that the page stays shared, and nobody is told.
+
+        :raises NotSharableError: EINVAL: in log-dirty mode, the last gfn of the domain or one beyond it.
         """
         domain = self._existing(domid, "modified_memory")
-        status = self.books.make_private(domain, gfn) if self._pid(domid, gfn) != NOWHERE else Status.OK
-        if status != Status.OK:
-            raise error_of("modified_memory", status, domid=domid, gfn=gfn)
+        if not domain.log_dirty:
+            return
+        if not 0 <= gfn < domain.p2m.max_gfn:
+            raise error_of("modified_memory", Status.EINVAL, domid=domid, gfn=gfn)
+        if self.mem_type(domid, gfn) is P2mType.RAM_SHARED:
+            self.books.make_private(domain, gfn)
 
     def set_log_dirty(self, domid: DomId, enable: bool) -> None:
-        """Switch log-dirty mode: writable RAM becomes read-only to track writes, and back. Shared pages stay shared."""
+        """Switch log-dirty mode: writable RAM becomes read-only to track writes, and back. Shared pages stay shared.
+
+        :raises RefusedDomainError: EINVAL: it is on already.
+        """
         domain = self._existing(domid, "set_log_dirty")
+        if enable and domain.log_dirty:
+            raise error_of("set_log_dirty", Status.EINVAL, domid=domid)
+        domain.log_dirty = enable
         for part in domain.p2m.untouched():
             self.books.entries.chunk(page_id(domid, part.first_gfn) >> CHUNK_BITS)
         before, after = (P2mType.RAM_RW, P2mType.RAM_LOGDIRTY)[:: 1 if enable else -1]

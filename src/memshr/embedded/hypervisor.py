@@ -203,8 +203,6 @@ class EmbeddedHypervisor(Host):
         """See the seam."""
         self.first_named(source_domid, "add_to_physmap")
         client = self.second_named(client_domid, "add_to_physmap")
-        if self._pid(client_domid, client_gfn) == NOWHERE:
-            raise error_of("add_to_physmap", Status.EINVAL, domid=client_domid, gfn=client_gfn)
         source = self._pid(source_domid, source_gfn)
         status = self.books.add_to_physmap(source, source_handle, client, client_gfn)
         if status != Status.OK:
@@ -214,8 +212,9 @@ class EmbeddedHypervisor(Host):
         """See the seam."""
         source = self.first_named(source_domid, "range_share")
         client = self.second_named(client_domid, "range_share")
-        highest = min(source.p2m.max_gfn, client.p2m.max_gfn)
-        if not source.pause_count or not client.pause_count or max(first, last) > highest or min(first, last) < 0:
+        highest = max(0, min(source.p2m.max_gfn, client.p2m.max_gfn))
+        paused = (source.pause_count or source.forks) and (client.pause_count or client.forks)
+        if not paused or max(first, last) > highest or min(first, last) < 0:
             raise error_of("range_share", Status.EINVAL, domid=client_domid)
         result = int(Status.OK)
         if first <= last:
@@ -351,10 +350,14 @@ class EmbeddedHypervisor(Host):
     def ring_enable(self, domid: DomId) -> int:
         """See the seam. The ring's page must have been named by HVM parameter 29 before."""
         domain = self._existing(domid, "ring_enable")
-        if SHARING_RING_PFN not in domain.hvm_params:
-            raise error_of("ring_enable", Status.EOPNOTSUPP, domid=domid)
+        if domain.dying:
+            return 0
+        if domain.kind is not DomainKind.HVM:
+            raise error_of("ring_enable", Status.ENODEV, domid=domid)
         if domain.ring_mfn is not None:
             raise error_of("ring_enable", Status.EBUSY, domid=domid)
+        if not domain.hvm_params.get(SHARING_RING_PFN):
+            raise error_of("ring_enable", Status.EOPNOTSUPP, domid=domid)
         domain.ring_mfn = self._frame_for(domid, Gfn(domain.hvm_params[SHARING_RING_PFN]), "ring_enable", writable=True)
         self.memory.writable_frames.add(domain.ring_mfn)
         self.memory.hold(domain.ring_mfn)
@@ -364,13 +367,15 @@ class EmbeddedHypervisor(Host):
     def ring_disable(self, domid: DomId) -> None:
         """See the seam."""
         domain = self._existing(domid, "ring_disable")
-        if domain.ring_mfn is None:
+        if domain.ring_mfn is None and not domain.dying:
             raise error_of("ring_disable", Status.EINVAL, domid=domid)
         self.disable_ring(domain)
 
     def domain_resume(self, domid: DomId) -> None:
         """See the seam."""
         domain = self._existing(domid, "domain_resume")
+        if domain.ring_mfn is None and not domain.dying:
+            raise error_of("domain_resume", Status.ENODEV, domid=domid)
         domain.ring_events.clear()
         domain.waiting_vcpus.clear()
 

@@ -61,8 +61,11 @@ class Domain:
     waiting_vcpus: set[int] = field(default_factory=set)
     """The vCPUs that wait on such a gfn."""
     crashed: bool = False
+    log_dirty: bool = False
     orphans: list[int] = field(default_factory=list)
     """Frames that it owns and counts, but has at no gfn: unmapped ones, and those of ``MemSharing.leaving``."""
+    arrivals: dict[int, None] = field(default_factory=dict)
+    """Of a fork: the frames that became its own since it is one, in their order; some may have left again."""
     page_tables: PageTables | None = None
     """The memory for its page tables, where that is limited."""
 
@@ -118,16 +121,21 @@ class MemSharing:
         mfn = value >> TYPE_BITS
         if value & TYPE_MASK == _SHARED:
             return self.frames.handle.item(self.frames.slot_of_mfn.get(mfn))
-        if value & TYPE_MASK not in NOMINABLE or mfn in self.memory.writable_frames:
-            return Status.EINVAL
-        if self.memory.extra_refs.get(mfn, 0) != expected_refs:
-            return Status.E2BIG
+        if (status := self.why_not_nominable(value, expected_refs)) != Status.OK:
+            return status
         self.memory.owner.set(mfn, DOMID_COW)
         self.entries.set(pid, mfn << TYPE_BITS | _SHARED)
         domain.tot_pages -= 1
         domain.shr_pages += 1
         self.used_frames += 1
         return self.frames.open(mfn, pid)
+
+    def why_not_nominable(self, value: int, expected_refs: int = 0) -> int:
+        """Whether a page that is not shared, with this entry, could be nominated; a status."""
+        mfn = value >> TYPE_BITS
+        if value & TYPE_MASK not in NOMINABLE or mfn in self.memory.writable_frames:
+            return Status.EINVAL
+        return Status.OK if self.memory.extra_refs.get(mfn, 0) == expected_refs else Status.E2BIG
 
     def share(self, source_pid: int, source_handle: int, client_pid: int, client_handle: int) -> int:
         """Put the client's frame's sharers on the source's frame; a status.
@@ -136,6 +144,10 @@ class MemSharing:
         """
         source, client = self.entries.get(source_pid), self.entries.get(client_pid)
         source_mfn, client_mfn = source >> TYPE_BITS, client >> TYPE_BITS
+        if source & TYPE_MASK in HOLES:
+            source_mfn = 0  # what a hole had behind it before is not looked at
+        if client & TYPE_MASK in HOLES:
+            client_mfn = 0
         same_frame = source_mfn == client_mfn and _GRANT not in (source & TYPE_MASK, client & TYPE_MASK)
         if same_frame or source_pid == client_pid:
             return Status.OK  # also for two holes: Xen compares frames before it looks at anything else
@@ -173,6 +185,8 @@ class MemSharing:
         slot = self.frames.slot_of_mfn.get(source >> TYPE_BITS)
         if source & TYPE_MASK != _SHARED or self.frames.handle.item(slot) != source_handle:
             return Status.S_HANDLE_INVALID
+        if client_gfn >> MAX_GFN_BITS:
+            return Status.ENOENT  # p2m_next_level() of Xen
         client_pid = page_id(client.domid, client_gfn)
         before = self.entries.get(client_pid)
         if before & TYPE_MASK not in HOLES:
@@ -223,6 +237,7 @@ class MemSharing:
             else:
                 self.memory.page(own)[:] = 0
         domain.tot_pages += 1
+        _arrived(domain, own)
         self.entries.set(pid, own << TYPE_BITS | _RW)
         return Status.OK
 
@@ -252,6 +267,7 @@ class MemSharing:
         if mfn is None:
             return Status.ENOMEM
         domain.tot_pages += 1
+        _arrived(domain, mfn)
         pid = page_id(domain.domid, gfn)
         if self.entries.get(pid) & TYPE_MASK == _SHARED and (status := self.make_private(domain, gfn)) != Status.OK:
             domain.orphans.append(mfn)
@@ -337,6 +353,11 @@ class MemSharing:
             self.frames.unlink(slot, pid)
             self.freed_pages -= 1
         domain.shr_pages -= 1
+
+    def came_last(self, domain: Domain) -> int | None:
+        """The frame, of those that a fork owns, that came to it last; None if none has come since it is a fork."""
+        own = (mfn for mfn in reversed(domain.arrivals) if self.memory.owner.get(mfn) == domain.domid)
+        return next(own, None)
 
     # -- many pages --------------------------------------------------------------------------------------------------
 
@@ -457,13 +478,16 @@ class MemSharing:
         single: NDArray[np.bool_] = allowed & (slots != NO_SLOT) & (self.frames.count[slots] == 1)
         if single.any():
             _, first = np.unique(slots[single], return_index=True)
-            rows = np.flatnonzero(single)[first]
+            rows = np.sort(np.flatnonzero(single)[first])
             leaving, mfns = pids[rows], values[rows] >> TYPE_BITS
             self.frames.close_many(slots[rows])
             self.memory.owner.scatter(Spots(mfns), (leaving >> MAX_GFN_BITS).astype(np.uint16))
             self.entries.scatter(Spots(leaving), mfns << TYPE_BITS | _RW)
             self.used_frames -= len(rows)
             self._count_pages(leaving, tot_pages=1, shr_pages=-1)
+            for domid in np.unique(leaving >> MAX_GFN_BITS).tolist():
+                if self.domains[domid].parent is not None:
+                    _arrived(self.domains[domid], *mfns[leaving >> MAX_GFN_BITS == domid].tolist())
         return single
 
     def release_zero_many(self, pids: Index, handles: Handles) -> Statuses:
@@ -529,6 +553,13 @@ class MemSharing:
         for domid, count in zip(domids.tolist(), counts.tolist(), strict=True):
             self.domains[domid].tot_pages += tot_pages * count
             self.domains[domid].shr_pages += shr_pages * count
+
+
+def _arrived(domain: Domain, *mfns: int) -> None:
+    if domain.parent is not None:
+        for mfn in mfns:
+            domain.arrivals.pop(mfn, None)
+            domain.arrivals[mfn] = None
 
 
 def _lock_order(mfn: int) -> int:

@@ -150,6 +150,7 @@ def _c_string(text: str | None) -> bytes:
     return b"" if text is None else text.encode(errors="backslashreplace") + b"\0"
 
 
+# Xen's HVMMEM_* numbers (public hvm/hvm_op.h). 3 is not used any more, 4 needs an ioreq server: both are refused.
 _MEM_TYPES = {0: P2mType.RAM_RW, 1: P2mType.RAM_RO, 2: P2mType.MMIO_DM}
 _READ_ONLY = (P2mType.RAM_RO, P2mType.RAM_SHARED, P2mType.RAM_LOGDIRTY)
 _IS_GREF = 1 << 62
@@ -509,8 +510,14 @@ class Operations:
         """Put 2**order pages of fresh RAM at a gfn; all of them or an error."""
         if not 0 <= order <= 18:
             raise ScriptError(f"populate_exact: order={order} is not 0 to 18")
-        for page in range(gfn, gfn + (1 << order)):
-            self.embedded.populate(dom, Gfn(page))
+        info, free = self.embedded.domain_info(dom), self.embedded.memory.free_pages
+        if info.tot_pages + (1 << order) > info.max_pages or (free is not None and free < 1 << order):
+            return Answer(-1, Status.EBUSY, error=f"populate_exact: no room for {1 << order} pages in domain {dom}")
+        try:
+            for page in range(gfn, gfn + (1 << order)):
+                self.embedded.populate(dom, Gfn(page))
+        except CallError as error:
+            return Answer(-1, Status.EBUSY, error=str(error))
         return Answer()
 
     @_operation(_dom(), _word("gfn"), embedded_only=True)
@@ -554,9 +561,7 @@ class Operations:
     @_operation(_dom(), _word("gfn"), _number("type"), embedded_only=True)
     def set_mem_type(self, dom: DomId, gfn: Gfn, type: int) -> Answer:
         """Make a gfn writable (0) or read-only (1) RAM, or emulated MMIO (2)."""
-        if type not in _MEM_TYPES:
-            raise ScriptError(f"set_mem_type: type={type} is not 0, 1 or 2")
-        self.embedded.set_mem_type(dom, gfn, _MEM_TYPES[type])
+        self.embedded.set_mem_type(dom, gfn, _MEM_TYPES.get(type, P2mType.HOLE))
         return Answer()
 
     @_operation(_dom(), _word("gfn"), embedded_only=True)
@@ -615,17 +620,18 @@ class Operations:
 
     def _raw_share(self, dom: DomId, w0: int, w1: int, w2: int, w3: int, w4: int) -> Answer:
         cdom = DomId(w4 & 0xFFFF)
-        sgfn = self._raw_gfn(dom, w0)
         self.embedded.second_named(cdom, "share_gfns")
-        return self.share(dom, sgfn, Handle(w1), cdom, self._raw_gfn(cdom, w2), Handle(w3))
+        return self.share(dom, self._raw_gfn(dom, w0), Handle(w1), cdom, self._raw_gfn(cdom, w2), Handle(w3))
 
     def _raw_gfn(self, dom: DomId, word: int) -> Gfn:
         return self.embedded.granted_gfn(dom, GrantRef(word & ~_IS_GREF)) if word & _IS_GREF else Gfn(word)
 
     def _raw_add_physmap(self, dom: DomId, w0: int, w1: int, w2: int, _w3: int, w4: int) -> Answer:
-        if (w0 | w2) & _IS_GREF:
+        cdom = DomId(w4 & 0xFFFF)
+        self.embedded.second_named(cdom, "add_to_physmap")
+        if w0 & _IS_GREF:
             return Answer(-1, Status.EINVAL)
-        return self.add_to_physmap(dom, Gfn(w0), Handle(w1), DomId(w4 & 0xFFFF), Gfn(w2))
+        return self.add_to_physmap(dom, Gfn(w0), Handle(w1), cdom, Gfn(w2))
 
     def _raw_range(self, dom: DomId, w0: int, w1: int, w2: int, w3: int, _w4: int) -> Answer:
         # w2 is how far an interrupted call had come: 0, or a gfn of the range; w3 has padding above the domid.
@@ -641,7 +647,7 @@ class Operations:
 
     def _raw_fork_reset(self, dom: DomId, w0: int, _w1: int, _w2: int, _w3: int, _w4: int) -> Answer:
         flags = w0 >> 16 & 0xFFFF
-        if w0 & 0xFFFF or w0 >> 32 or flags & ~(_RESET_STATE | _RESET_MEMORY):
+        if w0 >> 32 or flags & ~(_RESET_STATE | _RESET_MEMORY):
             return Answer(-1, Status.EINVAL)
         return self.fork_reset(dom, state=flags & _RESET_STATE, memory=flags & _RESET_MEMORY)
 
