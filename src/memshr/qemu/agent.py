@@ -87,7 +87,7 @@ def is_in_session(pid: int) -> bool:
     """
     busy = False
     for control in ControlArea.find_all(pid):
-        busy |= control.get(SLOTS_AT, "<i")[0] != -1 or control.get(OFFER_AT, "<i")[0] != -1
+        busy |= control.is_taken()
         control.close()
     return busy
 
@@ -334,15 +334,6 @@ class Session:
         self.run(entries([(number, *arguments)], results=[1 << 63]))
         return self.result(0)
 
-    def run_all(self, table: NDArray[np.uint64], what: str) -> None:
-        """``run`` for calls that must all succeed.
-
-        :raises AgentCallError: one did not.
-        """
-        done = self.run(table)
-        if done < len(table):
-            raise self.failure(done, what)
-
     def failure(self, done: int, what: str) -> AgentCallError:
         """The error for a table that ended after ``done`` calls."""
         got = self.result(done)
@@ -436,7 +427,7 @@ def entries(calls: Sequence[tuple[int, ...]], results: Sequence[int]) -> NDArray
 def _wait_until_free(control: ControlArea, pid: int, name: str) -> None:
     # The agent of a memshr that has just died needs a moment to see it.
     end = time.monotonic() + ANSWER_DEADLINE_S
-    while control.get(SLOTS_AT, "<i")[0] != -1 or control.get(OFFER_AT, "<i")[0] != -1:
+    while control.is_taken():
         if time.monotonic() > end:
             raise RefusedDomainError(
                 f"another memshr has a session with guest {name} ({pid})",

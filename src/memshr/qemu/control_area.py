@@ -328,6 +328,13 @@ class ControlArea:
         """Write numbers into the data."""
         struct.pack_into(form, self.memory, DATA + offset, *values)
 
+    def is_taken(self) -> bool:
+        """Whether a memshr has a session with the agent, or has died just now: the agent needs a moment to see it."""
+        offered = self.get(OFFER_AT, "<i")[0] != -1
+        if offered:
+            syscalls.futex_wake(self.word_address(OFFER_AT))  # whoever offered may have died before it could do that
+        return offered or self.get(SLOTS_AT, "<i")[0] != -1
+
     def word_address(self, offset: int) -> int:
         """Where *we* have a word of the data: for futex calls."""
         return ctypes.addressof(self._start) + DATA + offset
