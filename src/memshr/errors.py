@@ -7,7 +7,6 @@
         NotSharableError      no plain, populated RAM, or no such page
         BusyPageError         somebody else holds a reference to the frame
         StaleHandleError      the page changed since its handle was given out (or never had one); .side says which page
-        ContentMismatchError  the two pages differ
       DomainError           skip this domain
         NoSuchDomainError     unknown domid, or the domain is gone
         SharingDisabledError  sharing is not enabled on the second domain of a call
@@ -129,10 +128,6 @@ class StaleHandleError(PageError):
     ) -> None:
         super().__init__(message, call=call, status=status, domid=domid, gfn=gfn)
         self.side = side
-
-
-class ContentMismatchError(PageError):
-    """Two pages that were to be shared hold different bytes."""
 
 
 class DomainError(CallError):

@@ -28,7 +28,7 @@ def print_estimate(estimate: Estimate, *, grouped: bool) -> None:
         f" {estimate.total_pages:,} pages ({share_of:.0%})"
     )
     if estimate.bounds is not None and estimate.method.sample is not None:
-        _print_bounds(console, estimate, estimate.method.sample, estimate.bounds)
+        _print_bounds(console, estimate.method.sample, estimate.bounds)
     console.print(_breakdown(estimate))
     console.print(_domains(estimate))
     if estimate.pairs:
@@ -43,7 +43,7 @@ def print_estimate(estimate: Estimate, *, grouped: bool) -> None:
         console.print("Each domain shares within itself only; try --group all to see what one trust group would save.")
 
 
-def _print_bounds(console: Console, estimate: Estimate, sample: Sample, bounds: Mapping[str, Bounds]) -> None:
+def _print_bounds(console: Console, sample: Sample, bounds: Mapping[str, Bounds]) -> None:
     saved, zero = bounds["saved_pages"], bounds["zero_pages"]
     console.print(
         f"Estimated from {sample.pages_read:,} pages, {sample.rate} of those with contents, drawn with seed"

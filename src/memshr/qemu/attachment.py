@@ -311,7 +311,7 @@ class Attachment:
                     reasons=[str(reason) for reason in reasons],
                     domid=self.domid,
                 )
-            self.must_drain = bool(guests.direct_drives(monitor))
+            self.must_drain = guests.has_direct_drives(monitor)
             try:
                 code = mappings.named(control_area.MAPPED_CONTROL.__eq__) & mappings.executable
                 places = [f"{place.start:x}-{place.end:x}" for place in mappings.of(code)]

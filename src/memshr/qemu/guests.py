@@ -132,14 +132,6 @@ class RamRange:
         return self.hva + self.pages * PAGE_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class Drive:
-    """A drive whose requests may write into guest RAM by DMA of the host, past any protection of pages."""
-
-    device: str
-    reason: str
-
-
 # -- who is there ------------------------------------------------------------------------------------------------------
 
 
@@ -516,15 +508,11 @@ def _property(monitor: Monitor, path: str, name: str) -> Any:
         return None
 
 
-def direct_drives(monitor: Monitor) -> list[Drive]:
-    """The drives that read by DMA of the host into guest RAM: O_DIRECT (cache.direct), aio=native or io_uring.
+def has_direct_drives(monitor: Monitor) -> bool:
+    """Whether a drive reads by DMA of the host into guest RAM: O_DIRECT (cache.direct), aio=native or io_uring.
 
     Such a read has its pages pinned when it starts; protecting them later does not stop it.
 
     Source: ``query-named-block-nodes``.
     """
-    return [
-        Drive(str(node["node-name"]), "cache.direct=on")
-        for node in monitor.execute("query-named-block-nodes")
-        if node["cache"]["direct"]
-    ]
+    return any(node["cache"]["direct"] for node in monitor.execute("query-named-block-nodes"))

@@ -123,13 +123,12 @@ def _wait_syscall_stop(tid: int) -> None:
         syscalls.ptrace_resume(syscalls.PTRACE_SYSCALL, tid, passed_on)
 
 
-def _stop_in_system_call(tid: int) -> tuple[Registers, Registers, int]:
+def _stop_in_system_call(tid: int) -> tuple[Registers, Registers]:
     """Stop a thread where it can be borrowed.
 
-    :returns: its registers; those with which it goes on as if nothing had been; when it was stopped (ns).
+    :returns: its registers, and those with which it goes on as if nothing had been.
     """
     for _ in range(_TRIES):
-        started_ns = time.monotonic_ns()
         _stop(tid)
         registers = syscalls.ptrace_get_registers(tid)
         number = _signed(registers.orig_rax)
@@ -140,7 +139,7 @@ def _stop_in_system_call(tid: int) -> tuple[Registers, Registers, int]:
                 onward.rip -= len(_SYSCALL_RETURN) - 1  # back onto the syscall instruction
                 onward.rax = number if result in _RESTARTED else syscalls.NR_RESTART_SYSCALL
             onward.orig_rax = 2**64 - 1  # whatever comes, the kernel must not restart anything by itself
-            return registers, onward, started_ns
+            return registers, onward
         syscalls.ptrace_resume(syscalls.PTRACE_DETACH, tid)  # it was computing; look again a moment later
         time.sleep(0.0005)
     raise Refused("its main thread is never inside a system call", "try again when it is less busy")
@@ -293,7 +292,7 @@ def attach(pid: int, number: int, control: control_area.ControlArea) -> dict[str
     sized = struct.pack("<3Q", control.data_address, control_area.CONTROL_BYTES - control_area.DATA, number)
     control.memory[control_area.PARAMETERS : control_area.PARAMETERS + len(sized)] = sized
 
-    original, onward, started_ns = _stop_in_system_call(pid)
+    original, onward = _stop_in_system_call(pid)
     registers = struct.pack("<18Q", *(getattr(onward, name) for name in control_area.REGISTER_ORDER))
     control.memory[control_area.PARAMETERS + 0x20 : control_area.PARAMETERS + 0x20 + len(registers)] = registers
     borrowed = Registers.from_buffer_copy(original)
@@ -310,7 +309,6 @@ def attach(pid: int, number: int, control: control_area.ControlArea) -> dict[str
     if mapped != code_address:
         syscalls.ptrace_set_registers(pid, onward)
     syscalls.ptrace_resume(syscalls.PTRACE_DETACH, pid)
-    stopped_ns = time.monotonic_ns() - started_ns
     if mapped != code_address:
         raise Refused(f"QEMU cannot map the agent ({os.strerror(-mapped)})", "free some of its mappings or memory")
 
@@ -321,14 +319,14 @@ def attach(pid: int, number: int, control: control_area.ControlArea) -> dict[str
         time.sleep(0.0002)
     if tid < 0:
         raise Refused(f"QEMU cannot make a thread ({os.strerror(-tid)})", "raise its limit of threads (pids cgroup)")
-    return {"tid": tid, "code_address": code_address, "stopped_ns": stopped_ns}
+    return {"code_address": code_address}
 
 
 def detach(pid: int, code_address: int) -> dict[str, object]:
     """Unmap the control area at ``code_address``; its thread has ended."""
     mappings = _mappings(pid)
     gadget = _gadget(pid, mappings)
-    original, onward, started_ns = _stop_in_system_call(pid)
+    original, onward = _stop_in_system_call(pid)
     borrowed = Registers.from_buffer_copy(original)
     borrowed.orig_rax = 2**64 - 1
     borrowed.rip = gadget
@@ -339,7 +337,7 @@ def detach(pid: int, code_address: int) -> dict[str, object]:
     syscalls.ptrace_resume(syscalls.PTRACE_DETACH, pid)
     if result != 0:
         raise Refused(f"munmap: {os.strerror(-result)}", "nothing needs to be done")
-    return {"stopped_ns": time.monotonic_ns() - started_ns}
+    return {}
 
 
 def _finish_system_call(tid: int) -> int:

@@ -92,7 +92,7 @@ class Drawn:
     """A sample.
 
     :param rows: ascending, shape ``(n,)``. :param clusters: the cluster that each is of, same shape.
-    :param all_clusters: how many there are, of which ``drawn_clusters`` were drawn.
+    :param all_clusters: how many there are.
     :param pages_of: pages with contents that each subject has, drawn or not.
     """
 
@@ -100,14 +100,13 @@ class Drawn:
     rows: Rows
     clusters: NDArray[np.int64]
     all_clusters: int
-    drawn_clusters: int
     pages_of: NDArray[np.int64]
 
 
 def draw(population: Population, findings: Findings, denominator: int, seed: int) -> Drawn:
     """Draw one in ``denominator`` clusters of OPEN pages; all other OPEN pages become NOT_LOOKED_AT."""
     random = np.random.Generator(np.random.PCG64(seed))
-    rows, clusters, pages_of, all_clusters, drawn = [], [], [], 0, 0
+    rows, clusters, pages_of, all_clusters = [], [], [], 0
     for number in range(len(population.subjects)):
         ours = population.slice_of(number)
         (open_rows,) = np.nonzero(findings.verdicts[ours] == Verdict.OPEN)
@@ -122,14 +121,12 @@ def draw(population: Population, findings: Findings, denominator: int, seed: int
         clusters.append(places // CLUSTER_PAGES + all_clusters)
         pages_of.append(len(open_rows))
         all_clusters += count
-        drawn += len(chosen)
     none = np.empty(0, np.int64)
     return Drawn(
         1 / denominator,
         np.concatenate([none, *rows]),
         np.concatenate([none, *clusters]),
         all_clusters,
-        drawn,
         np.array(pages_of, np.int64),
     )
 
@@ -147,13 +144,12 @@ class Interval:
 class Inference:
     """What a sample says of all pages with contents (holes are not among them).
 
-    ``saved_pages`` are zero pages, and copies whatever they are copies of. ``distinct_seen`` contents were seen, of
-    zeros apart, those of each trust group counted for themselves; ``distinct_in_all`` without regard to groups.
+    ``saved_pages`` are zero pages, and copies whatever they are copies of. ``distinct_in_all`` contents were seen,
+    of zeros apart, without regard to groups.
     """
 
     zero_pages: Interval
     saved_pages: Interval
-    distinct_seen: int
     distinct_in_all: int
 
 
@@ -192,7 +188,7 @@ def infer(
         min(own.high + between.high, most),
     )
     distinct_in_all = nonzero - len(rows) + len(np.unique(leaders))
-    return Inference(zero_pages, saved, distinct, distinct_in_all)
+    return Inference(zero_pages, saved, distinct_in_all)
 
 
 def _per_cluster(drawn: Drawn, first: NDArray[np.int64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -278,11 +278,6 @@ class StandIn:
         for gfn in np.frombuffer(ctypes.string_at(gfns, count * 8), np.uint64).tolist():
             self.embedded.populate(DomId(domid), Gfn(gfn))
 
-    def xc_domain_decrease_reservation_exact(self, domid: int, count: int, order: int, gfns: int) -> None:
-        assert order == 0
-        for gfn in np.frombuffer(ctypes.string_at(gfns, count * 8), np.uint64).tolist():
-            self.embedded.decrease_reservation(DomId(domid), Gfn(gfn))
-
     def xc_set_paging_mempool_size(self, domid: int, _size_bytes: int) -> None:
         self._domain(domid)
 
