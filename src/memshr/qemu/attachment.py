@@ -27,7 +27,7 @@ from memshr.qemu.control_area import ControlArea
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.pagemap import Pagemap
 from memshr.qemu.pool import FramePool, group_of, of_pools
-from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
+from memshr.types import HUGE_PAGE_PAGES, PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
 
 Pages = NDArray[np.int64]
 """page numbers of one guest, shape ``(n,)``, ascending and distinct unless said otherwise"""
@@ -40,8 +40,7 @@ BATCH_PAGES: Final = BATCH_ENTRIES
 MOVED_PAGES: Final = 1024
 """Pages of one run that a table copies back into memory of their own."""
 
-_HUGE_PAGES: Final = 512
-_HUGE_BYTES: Final = _HUGE_PAGES * PAGE_SIZE
+_HUGE_BYTES: Final = HUGE_PAGE_PAGES * PAGE_SIZE
 _ADVICE_GAP_BYTES: Final = 64 * PAGE_SIZE
 """Mappings that are nearer than this get their flags back in one madvise. It looks at every mapping in between, of
 which there may be ten thousand in a guest: over a gap like this one that costs less than another call."""

@@ -22,9 +22,8 @@ from memshr.report.population import Population
 from memshr.report.scan import Findings, Verdict
 from memshr.report.tally import Frames, Tally
 from memshr.sources import Rows
+from memshr.types import HUGE_PAGE_PAGES
 
-HUGE_PAGES = 512
-"""Pages of one huge page, 2 MiB."""
 _BLOCKS_STRIDE = 2048
 
 
@@ -157,12 +156,12 @@ def _unsplit(
     zero_pages = int(np.count_nonzero(zero))
     shared, splits = _InBlocks(), 0
     for first_rows in _blocks(population.subjects[number].pages.ranges):
-        index = first_rows[:, None] + np.arange(HUGE_PAGES)
+        index = first_rows[:, None] + np.arange(HUGE_PAGE_PAGES)
         is_huge = huge[index].all(axis=1) if huge is not None else ~(verdicts[index] == Verdict.ABSENT).any(axis=1)
         index = index[is_huge]
         zeros = np.count_nonzero(zero[index], axis=1)
         frames = numbers[index]
-        cut = zeros < HUGE_PAGES
+        cut = zeros < HUGE_PAGE_PAGES
         splits += int(np.count_nonzero(cut & ((zeros > 0) | (frames > 0).any(axis=1))))
         zero_pages -= int(zeros[cut].sum())
         shared.add(frames)
@@ -172,10 +171,10 @@ def _unsplit(
 def _blocks(ranges: NDArray[np.int64]) -> Iterator[Rows]:
     # The first row of each aligned 2 MiB of gfns that is wholly inside a range, some at a time.
     starts = np.cumsum(ranges[:, 1]) - ranges[:, 1]
-    skipped = -ranges[:, 0] % HUGE_PAGES
-    counts = np.maximum(ranges[:, 1] - skipped, 0) // HUGE_PAGES
+    skipped = -ranges[:, 0] % HUGE_PAGE_PAGES
+    counts = np.maximum(ranges[:, 1] - skipped, 0) // HUGE_PAGE_PAGES
     before = np.cumsum(counts) - counts
     for first in range(0, int(counts.sum()), _BLOCKS_STRIDE):
         block = np.arange(first, min(first + _BLOCKS_STRIDE, int(counts.sum())))
         which = np.searchsorted(before, block, side="right") - 1
-        yield starts[which] + skipped[which] + (block - before[which]) * HUGE_PAGES
+        yield starts[which] + skipped[which] + (block - before[which]) * HUGE_PAGE_PAGES

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from memshr.report.population import Population
 from memshr.sharing.candidates import PackedClasses
+from memshr.sharing.overlap import overlap, run_starts
 from memshr.sources import Rows
 
 _PIECE_PAGES = 1 << 18
-_SLAB_CELLS = 1 << 17
 TOP_CONTENTS = 20
 _LAST_BAND_COPIES = 1024
 
@@ -84,10 +84,10 @@ class Tally:
             (subject,) = np.nonzero(copies)
             return np.array([first - 1]), np.zeros(len(subject), np.int64), subject, copies[subject]
         leaders = classes.leaders(piece)
-        new = _starts(leaders)
+        new = run_starts(leaders)
         subjects = self._population.subjects_of(classes.rows(piece))
         content = np.cumsum(new) - 1
-        held = np.flatnonzero(new | _starts(subjects))
+        held = np.flatnonzero(new | run_starts(subjects))
         return leaders[new], content[held], subjects[held], np.diff(held, append=len(content))
 
     def _count_contents(self, leaders: Rows, content: Counts, subject: Counts, copies: Counts) -> None:
@@ -129,19 +129,11 @@ class Tally:
         self.top = sorted([*self.top, *found], key=lambda each: (-each.saved_pages, each.row))[:TOP_CONTENTS]
 
     def _count_pairs(self, content: Counts, subject: Counts, copies: Counts) -> None:
-        # A matrix of contents x subjects, a slab of rows at a time; contents of one subject are left out.
+        # Contents of one subject are left out.
         several = np.bincount(content)[content] > 1
-        content, subject, copies = content[several], subject[several], copies[several]
-        row = np.cumsum(_starts(content)) - 1
-        subjects = len(self.shared_pages)
-        height = max(1, _SLAB_CELLS // max(1, subjects))
-        for first in range(0, int(row[-1]) + 1 if len(row) else 0, height):
-            here = slice(*np.searchsorted(row, [first, first + height]))
-            slab = np.zeros((height, subjects))
-            slab[row[here] - first, subject[here]] = copies[here]
-            present = (slab > 0).astype(np.float64)
-            self.common_contents += (present.T @ present).astype(np.int64)
-            self.pages_of_common += (slab.T @ present).astype(np.int64)
+        both, pages = overlap(content[several], subject[several], copies[several], len(self.shared_pages))
+        self.common_contents += both
+        self.pages_of_common += pages
 
     def _give_frames(self, classes: PackedClasses, piece: slice, totals: Counts | None) -> None:
         # A content that is larger than a piece is taken in strides; ``given`` is how many of its pages have a frame.
@@ -155,7 +147,7 @@ class Tally:
                 self._number(rows[ours], leaders[ours], group, totals, given)
 
     def _number(self, rows: Rows, leaders: Rows, group: int, totals: Counts | None, given: Counts) -> None:
-        starts = np.flatnonzero(_starts(leaders))
+        starts = np.flatnonzero(run_starts(leaders))
         lengths = np.diff(starts, append=len(rows))
         rank = np.arange(len(rows)) - np.repeat(starts, lengths)
         if totals is None:
@@ -186,18 +178,11 @@ def _band_of(copies: Counts) -> NDArray[np.intp]:
     return np.searchsorted(firsts, copies, side="right") - 1
 
 
-def _starts(numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-    # Where a new number begins in an array of runs.
-    starts = np.ones(len(numbers), np.bool_)
-    starts[1:] = numbers[1:] != numbers[:-1]
-    return starts
-
-
 def _distinct(numbers: Counts) -> tuple[Counts, NDArray[np.intp]]:
     # The numbers that there are, ascending, and which of them each is.
     if (numbers[1:] < numbers[:-1]).any():
         return np.unique(numbers, return_inverse=True)
-    starts = _starts(numbers)
+    starts = run_starts(numbers)
     return numbers[starts], np.cumsum(starts) - 1
 
 

@@ -37,6 +37,7 @@ from memshr.hypervisor import Capability, Hypervisor, error_of
 from memshr.sharing.candidates import Classes, Rows, classify, repeated
 from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprinter, Fingerprints, universal_fingerprints
 from memshr.sharing.groups import Group
+from memshr.sharing.overlap import overlap, run_starts
 from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, PairReport, SharingReport
 from memshr.sharing.scan import FingerprintPages, Scan, Scanner
 from memshr.types import (
@@ -489,7 +490,7 @@ class _GroupSession:
         candidates = classify(self._scanned.fingerprints)
         rows, classes = np.arange(len(candidates)), candidates.classes
         scanned = self._scanned[candidates.rows]
-        self._pages, of_class = scanned.pages, scanned.fingerprints[_starts(classes)]
+        self._pages, of_class = scanned.pages, scanned.fingerprints[run_starts(classes)]
         self._scanned = _Scanned(PageArray.empty(), _NONE)
         if len(rows) and of_class[0] == ZERO_PAGE_FINGERPRINT:
             self._zero_content = 0  # classify puts them first
@@ -539,7 +540,7 @@ class _GroupSession:
         # contents cannot change, so there is nothing to nominate. ``frames`` has those of all candidates.
         frames = frames[rows]
         order = np.lexsort((frames, classes))
-        first = _starts(classes[order]) | _starts(frames[order])  # of each class and frame
+        first = run_starts(classes[order]) | run_starts(frames[order])  # of each class and frame
         ones = order[first]
         needed = -(-np.bincount(classes) // self._options.max_sharers)
         settled = np.bincount(classes[frames < 0], minlength=len(needed)) == 0
@@ -571,10 +572,10 @@ class _GroupSession:
         self._drop("volatile", self._pages[rows[good & ~steady]])
         second = universal_fingerprints(self._buffer[: len(rows)], self._group.seed + 1)
         (readable,) = np.nonzero(good & steady)
-        first = np.maximum.accumulate(np.where(_starts(classes), np.arange(len(classes)), 0))
+        first = np.maximum.accumulate(np.where(run_starts(classes), np.arange(len(classes)), 0))
         self._tally.collisions += int(np.count_nonzero((second != second[first])[readable]))
         order = readable[np.lexsort((second[readable], classes[readable]))]
-        new = _starts(classes[order]) | _starts(second[order])
+        new = run_starts(classes[order]) | run_starts(second[order])
         alike = np.cumsum(new) - 1
         several = np.bincount(alike)[alike] > 1
         order, new = order[several], new[several]
@@ -673,7 +674,7 @@ class _GroupSession:
         places = np.arange(len(classes))
         limit = self._options.max_sharers
         if batch.fresh.all():
-            first = np.maximum.accumulate(np.where(_starts(classes), places, 0))
+            first = np.maximum.accumulate(np.where(run_starts(classes), places, 0))
             return places - (places - first) % limit
         # Frames of earlier sessions are among them: plan with frames. ``first`` is a page of each.
         _, first, frame_of, size = np.unique(batch.handles, return_index=True, return_inverse=True, return_counts=True)
@@ -691,10 +692,10 @@ class _GroupSession:
         old = np.flatnonzero(usable & ~fresh)
         old = old[np.lexsort((first[old], -size[old], ~several[old], class_[old]))]
         end = np.cumsum(size[old])
-        starts = _starts(class_[old])
+        starts = run_starts(class_[old])
         end -= np.maximum.accumulate(np.where(starts, end - size[old], 0))
         bin_ = (end - size[old]) // limit
-        leads = starts | _starts(bin_)
+        leads = starts | run_starts(bin_)
         leader = np.maximum.accumulate(np.where(leads, np.arange(len(old)), 0))
         joins = ~leads & ~several[old] & (end <= (bin_ + 1) * limit)
         places[first[old[joins]]] = first[old[leader[joins]]]
@@ -704,7 +705,7 @@ class _GroupSession:
         new = np.flatnonzero(usable & fresh)
         new = new[np.lexsort((first[new], class_[new]))]
         rank = np.arange(len(new))
-        rank -= np.maximum.accumulate(np.where(_starts(class_[new]), rank, 0))
+        rank -= np.maximum.accumulate(np.where(run_starts(class_[new]), rank, 0))
         rooms = np.cumsum(np.bincount(class_[old], room, minlength=int(class_.max()) + 1)).astype(np.int64)
         room_before = np.concatenate([[0], rooms])[class_[new]]
         surplus = rank - (rooms[class_[new]] - room_before)
@@ -737,11 +738,11 @@ class _GroupSession:
         keys, copies = np.unique(contents << _DOMID_BITS | self._pages.domids[kept], return_counts=True)
         domids = (keys & ((1 << _DOMID_BITS) - 1)).astype(np.uint16)
         keys >>= _DOMID_BITS
-        content = np.cumsum(_starts(keys)) - 1
+        content = np.cumsum(run_starts(keys)) - 1
         total_copies = np.bincount(content, copies).astype(np.int64)
         _, one_of_frame = np.unique(frames, return_index=True)
         frame_contents = np.sort(contents[one_of_frame])
-        total_frames = np.bincount(np.cumsum(_starts(frame_contents)) - 1)
+        total_frames = np.bincount(np.cumsum(run_starts(frame_contents)) - 1)
         zero = np.zeros(len(total_copies), np.bool_)
         zero[0] = self._zero_content == keys[0]
 
@@ -762,20 +763,8 @@ class _GroupSession:
         self._tally.pairs = self._pairs(domids[relevant], content[relevant], copies[relevant])
 
     def _pairs(self, domids: DomIds, contents: Classes, copies: NDArray[np.int64]) -> list[PairReport]:
-        # ``contents`` is ascending. A matrix of contents x domains, a slab of rows at a time.
         ordered = sorted(self._group.domids)
-        column = np.searchsorted(ordered, domids)
-        common = np.zeros((len(ordered), len(ordered)))
-        held = np.zeros_like(common)
-        row = np.cumsum(_starts(contents)) - 1
-        height = max(1, _SLAB_CELLS // max(1, len(ordered)))
-        for first in range(0, int(row[-1]) + 1 if len(row) else 0, height):
-            here = slice(*np.searchsorted(row, [first, first + height]))
-            slab = np.zeros((height, len(ordered)))
-            slab[row[here] - first, column[here]] = copies[here]
-            present = (slab > 0).astype(np.float64)
-            common += present.T @ present
-            held += slab.T @ present
+        common, held = overlap(contents, np.searchsorted(ordered, domids), copies, len(ordered))
         return [
             PairReport(
                 (ordered[a], ordered[b]),
@@ -791,7 +780,6 @@ class _GroupSession:
 _DOMID_BITS = 16
 _FRAME_NAME = np.uint64(1 << 63)
 _PROBES = 16
-_SLAB_CELLS = 1 << 17
 
 
 def _scanned(domid: DomId, scan: Scan, frames: NDArray[np.int64] | None) -> _Scanned:
@@ -814,13 +802,6 @@ def _joined(found: list[_Scanned]) -> _Scanned:
     )
 
 
-def _starts(numbers: NDArray[np.integer]) -> Mask:
-    # Where a new number begins in an array of runs.
-    starts = np.ones(len(numbers), np.bool_)
-    starts[1:] = numbers[1:] != numbers[:-1]
-    return starts
-
-
 def _batches(classes: Classes, batch_pages: int) -> Iterator[tuple[int, int]]:
     # Slices of at most batch_pages rows that end where a class ends; only a class that is larger is cut.
     first, count = 0, len(classes)
@@ -839,7 +820,7 @@ def _equal_to_reference(words: NDArray[np.uint64], classes: Classes, reference: 
     equal = np.ones(count, np.bool_)
     if not count:
         return equal
-    starts = _starts(classes)
+    starts = run_starts(classes)
     equal[1:] = (words[1:] == words[:-1]).all(axis=1)
     equal |= starts
     continued = classes[0] == reference.content
