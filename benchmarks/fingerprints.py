@@ -66,7 +66,7 @@ def collisions() -> None:
                 differ = (base != other).any(axis=1)
                 hashes: list[Callable[[PageBytes], Fingerprints]] = [
                     fingerprints,
-                    lambda pages, seed=seed: universal_fingerprints(pages, seed),  # type: ignore[misc]
+                    lambda pages, seed=seed: universal_fingerprints(pages, seed),  # type: ignore[misc]  # a default that binds the value
                 ]
                 for i, hash_pages in enumerate(hashes):
                     counts[i] += int((differ & (hash_pages(base) == hash_pages(other))).sum())

@@ -26,7 +26,7 @@ def cost() -> None:
         sum_s = float("inf")
         phases: dict[str, float] = {}
         for _ in range(ROUNDS):
-            sum_s = min(sum_s, *best_times_s(lambda images=images: _read(images), rounds=1))  # type: ignore[misc]
+            sum_s = min(sum_s, *best_times_s(lambda images=images: _read(images), rounds=1))  # type: ignore[misc]  # a default that binds the value
             for phase, seconds in _session(images).items():
                 phases[phase] = min(seconds, phases.get(phase, seconds))
         whole_s = sum(phases.values())
@@ -68,7 +68,7 @@ def _session(images: list[PageBytes]) -> Counter[str]:
     def note(progress: Progress | None) -> None:
         nonlocal last
         now = time.perf_counter()
-        seconds[progress.phase if progress else "end"] += now - last  # type: ignore[assignment]
+        seconds[progress.phase if progress else "end"] += now - last  # type: ignore[assignment]  # floats, which Counter adds as well
         last = now
 
     share(host, trust_groups(host.domains(), ["all"], lambda: 1), wait=time.sleep, progress=note)

@@ -143,7 +143,7 @@ class Twins(RuleBasedStateMachine):
         for _ in range(times):
             status, frame = self.naive.hold(domid, gfn, write=False) if gfn >= 0 else (gfn, None)
             found: list[ForeignMapping] = []
-            self.same(lambda found=found: found.append(self.embedded.map_grant(domid, ref, writable=False)), status)  # type: ignore[misc]
+            self.same(lambda found=found: found.append(self.embedded.map_grant(domid, ref, writable=False)), status)  # type: ignore[misc]  # a default that binds the value
             if frame is not None:
                 self.held.append((found[0], frame))
 

@@ -149,7 +149,7 @@ def test_share_gfns_many(
         together.control(DISABLED, False)
     handles = [(handle_of(alone, row[0], row[1]), handle_of(alone, row[2], row[3])) for row in rows]
     expected = [
-        status_of(lambda asked=(*row[0], pair[0], *row[2], pair[1]): alone.share_gfns(*asked))  # type: ignore[misc]
+        status_of(lambda asked=(*row[0], pair[0], *row[2], pair[1]): alone.share_gfns(*asked))  # type: ignore[misc]  # a default that binds the value
         for row, pair in zip(rows, handles, strict=True)
     ]
     statuses = together.share_gfns_many(
@@ -166,7 +166,7 @@ def test_share_gfns_many(
 @given(histories, st.lists(pages, max_size=12))
 def test_unshare_gfns(history: list[tuple[Page, Page, str]], rows: list[Page]) -> None:
     alone, together = prepared(history), prepared(history)
-    expected = [status_of(lambda row=row: alone.unshare_gfn(*row)) for row in rows]  # type: ignore[misc]
+    expected = [status_of(lambda row=row: alone.unshare_gfn(*row)) for row in rows]  # type: ignore[misc]  # a default that binds the value
     assert together.unshare_gfns(arrays(rows)).tolist() == expected
     assert state(together) == state(alone)
 

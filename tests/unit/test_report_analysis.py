@@ -87,7 +87,7 @@ def estimate(
         EstimateOptions(groups=groups, **options),  # type: ignore[arg-type]  # the tests name figures only
         new_seed=lambda: 7,
         wait=wait,
-        **({"fingerprinting": fingerprinting} if fingerprinting else {}),  # type: ignore[arg-type]
+        **({"fingerprinting": fingerprinting} if fingerprinting else {}),  # type: ignore[arg-type]  # only if one is given
     )
     check_sums(found)
     assert Estimate.from_dict(found.to_dict()) == found
@@ -431,7 +431,7 @@ def test_progress_ends_where_it_said() -> None:
 @pytest.mark.parametrize("options", [{"max_sharers": 1}, {"mappings": -1}, {"interval_s": -1}, {"rate_bytes_per_s": 0}])
 def test_options_that_make_no_sense(options: dict[str, int]) -> None:
     with pytest.raises(MemshrError):
-        EstimateOptions(**options)  # type: ignore[arg-type]
+        EstimateOptions(**options)  # type: ignore[arg-type]  # what is tested
 
 
 def test_arrow_tables_have_the_figures_of_the_json() -> None:

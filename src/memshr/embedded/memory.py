@@ -161,7 +161,7 @@ class MachineMemory:
     def page(self, mfn: int) -> NDArray[np.uint8]:
         """The contents of one frame, shape ``(PAGE_SIZE,)``, writable: the frame itself, not a copy."""
         bank = self._bank_of_chunk[mfn >> CHUNK_BITS]
-        return bank.pages[mfn - bank.first_mfn]  # type: ignore[no-any-return]
+        return bank.pages[mfn - bank.first_mfn]  # type: ignore[no-any-return]  # a row of an array
 
     def run(self, mfn: int, count: int) -> PageBytes | None:
         """Frames ``mfn`` to ``mfn + count`` as one view; None if they are not in one bank."""

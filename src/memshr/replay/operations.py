@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memshr.embedded import EmbeddedHypervisor, ForeignMapping
-from memshr.errors import CallError, HostMemoryError, MemshrError, Status, UnsupportedError
+from memshr.errors import CallError, MemshrError, Status, UnsupportedError
 from memshr.hypervisor import Hypervisor
 from memshr.types import DOMID_SELF, MAX_GFN_BITS, PAGE_SIZE, DomainKind, DomId, Gfn, GrantRef, Handle, P2mType
 
@@ -525,7 +525,7 @@ class Operations:
         """Take the RAM at a gfn away; rc is how many pages went."""
         try:
             self.embedded.decrease_reservation(dom, gfn)
-        except (CallError, HostMemoryError) as error:
+        except CallError as error:
             return Answer(0, error=str(error))
         return Answer(1)
 
