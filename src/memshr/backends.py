@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memshr.domainsource import DomainSource
-from memshr.embedded import EmbeddedHypervisor
 from memshr.errors import BackendError, MemshrError, NoSuchDomainError, UnsupportedError
 from memshr.hypervisor import Hypervisor
-from memshr.images import MemoryImage, open_image
-from memshr.images.process import ProcessSource
 from memshr.sources import Subject
 from memshr.types import DomainInfo, DomId
 
 if TYPE_CHECKING:
+    from memshr.embedded import EmbeddedHypervisor
+    from memshr.images import MemoryImage
     from memshr.qemu.guests import GuestProcess
     from memshr.qemu.hypervisor import QemuHypervisor
     from memshr.xen import XenHypervisor
@@ -45,6 +44,9 @@ def open_images(paths: Sequence[str], *, format: str | None = None) -> Iterator[
     :param format: read them all as this format; None: detect it.
     :raises ImageError: a file is no usable image. :raises MemshrError: a file is named twice.
     """
+    from memshr.embedded import EmbeddedHypervisor  # noqa: PLC0415  # running guests are shared without it
+    from memshr.images import open_image  # noqa: PLC0415  # as above
+
     hypervisor = EmbeddedHypervisor()
     with contextlib.ExitStack() as stack:
         images = [stack.enter_context(open_image(path, format=format)) for path in paths]
@@ -190,6 +192,9 @@ def open_sources(
     :returns: the subjects of each source; a domain or process that several sources name is in the first only.
     :raises MemshrError: a source cannot be opened, or an image or process is named twice.
     """
+    from memshr.images import open_image  # noqa: PLC0415  # as above
+    from memshr.images.process import ProcessSource  # noqa: PLC0415  # as above
+
     with contextlib.ExitStack() as stack:
         images = {
             number: stack.enter_context(open_image(source, format=format))

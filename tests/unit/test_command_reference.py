@@ -13,7 +13,7 @@ def test_reference_is_up_to_date() -> None:
 
 
 def test_every_command_and_option_has_a_help_text() -> None:
-    for name, command in commands.commands.items():
+    for name, command in commands.each():
         assert command.help, name
         for parameter in command.params:
             assert parameter.param_type_name == "argument" or getattr(parameter, "help", None), (name, parameter.name)

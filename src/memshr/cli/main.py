@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
 import click
 
-from memshr.cli.audit import audit
-from memshr.cli.capture import capture
-from memshr.cli.compare import compare_
-from memshr.cli.ctl import ctl
-from memshr.cli.demo import demo
-from memshr.cli.estimate import estimate
-from memshr.cli.leave import detach, unshare
-from memshr.cli.replay import replay
-from memshr.cli.share import share
-from memshr.cli.status import status, top
 from memshr.errors import MemshrError
 from memshr.report.wording import printable
 
@@ -42,7 +34,49 @@ Exit codes:
 MEMSHR_DEBUG=1 shows the traceback of an internal error."""
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+COMMANDS = {
+    "demo": "memshr.cli.demo:demo",
+    "estimate": "memshr.cli.estimate:estimate",
+    "compare": "memshr.cli.compare:compare_",
+    "share": "memshr.cli.share:share",
+    "status": "memshr.cli.status:status",
+    "top": "memshr.cli.status:top",
+    "audit": "memshr.cli.audit:audit",
+    "unshare": "memshr.cli.leave:unshare",
+    "detach": "memshr.cli.leave:detach",
+    "capture": "memshr.cli.capture:capture",
+    "ctl": "memshr.cli.ctl:ctl",
+    "replay": "memshr.cli.replay:replay",
+}
+"""Where each command is. It is imported when it is used: an operator's share needs no image format and no report."""
+
+
+class Commands(click.Group):
+    """The commands of ``COMMANDS``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # click gives it
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # as above
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def each(self) -> Iterator[tuple[str, click.Command]]:
+        """Every command with its name."""
+        context = click.Context(self)
+        for name in self.list_commands(context):
+            command = self.get_command(context, name)
+            assert command is not None
+            yield name, command
+
+
+@click.group(
+    cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="memshr", message="memshr %(version)s")
 def commands() -> None:
     """Share identical memory pages between virtual machines, and prove that it was done safely.
@@ -56,10 +90,6 @@ def commands() -> None:
     qemu:NAME@SOCKET with their QMP socket; domains of a Xen host are xen:all, xen:DOMID, xen:NAME; both as root. A
     process is pid:N.
     """
-
-
-for command in (demo, estimate, compare_, share, status, top, audit, unshare, detach, capture, ctl, replay):
-    commands.add_command(command)
 
 
 def _on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

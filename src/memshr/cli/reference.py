@@ -20,7 +20,7 @@ Made from the help texts of the commands by `make docs`; a test fails when it is
 def command_reference() -> str:
     """The text of docs/commands.md."""
     parts = [_HEAD, *_texts(commands)]
-    for name, command in sorted(commands.commands.items()):
+    for name, command in commands.each():
         with click.Context(command, info_name=f"memshr {name}") as context:
             usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
             options = [each.get_help_record(context) for each in command.params if isinstance(each, click.Option)]
