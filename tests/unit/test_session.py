@@ -406,6 +406,21 @@ def test_a_second_run_finds_nothing_new_and_counts_the_same(
     assert contents_of(host) == contents
 
 
+def test_a_second_run_nominates_nothing_for_the_page_that_full_frames_leave_over() -> None:
+    host = a_host([1, 1, 1, 1, 1, 2], [1, 1, 1, 1, 3, 2])
+    options = SharingOptions(max_sharers=4)
+    first = run(host, options=options)
+
+    def nominated() -> None:
+        raise AssertionError("nominated")
+
+    host.before["nominate_gfns"] = host.before["nominate_gfn"] = [nominated]
+    second = run(host, options=options)
+    assert second == first
+    assert second.dropped == {"max_sharers": 2}
+    assert second.counters.freed_pages == 7
+
+
 def test_a_second_run_nominates_nothing_even_if_pages_collide() -> None:
     host = a_host([1, 2, 3, 1, 1], [4, 2, 5, 3, 1])
     crippled = Crippled(1)

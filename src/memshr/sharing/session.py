@@ -536,15 +536,15 @@ class _GroupSession:
 
     def _unsettled(self, rows: Rows, classes: Classes, frames: NDArray[np.int64]) -> tuple[Rows, Classes]:
         # Those of the candidates ``rows``, with their classes, that have something to gain. Nothing to gain have those
-        # whose whole class is on frames, on no more than max_sharers asks for, and these hold the same bytes. A frame's
-        # contents cannot change, so there is nothing to nominate. ``frames`` has those of all candidates.
-        frames = frames[rows]
+        # whose class is on no more frames than max_sharers asks for, a page without one counted as one, and all of
+        # these hold the same bytes. A frame's contents cannot change, so there is nothing to nominate. ``frames`` has
+        # those of all candidates.
+        frames = np.where(frames[rows] < 0, rows | _ALONE, frames[rows])
         order = np.lexsort((frames, classes))
         first = run_starts(classes[order]) | run_starts(frames[order])  # of each class and frame
         ones = order[first]
         needed = -(-np.bincount(classes) // self._options.max_sharers)
-        settled = np.bincount(classes[frames < 0], minlength=len(needed)) == 0
-        settled &= np.bincount(classes[ones], minlength=len(needed)) <= needed
+        settled = np.bincount(classes[ones], minlength=len(needed)) <= needed
         ones = ones[(settled & (needed > 1))[classes[ones]]]
         reference = _Reference(-1, np.zeros(PAGE_SIZE // 8, np.uint64))
         for begin in range(0, len(ones), self._batch_pages):
@@ -779,6 +779,7 @@ class _GroupSession:
 
 _DOMID_BITS = 16
 _FRAME_NAME = np.uint64(1 << 63)
+_ALONE = 1 << 62
 _PROBES = 16
 
 
