@@ -85,35 +85,66 @@ class Mappings(Sequence[Mapping]):
     def __init__(self, maps: bytes) -> None:
         self.maps = maps
         text = np.frombuffer(maps, dtype=np.uint8)
-        (line_end,) = np.nonzero(text == ord("\n"))
-        if len(text) and text[-1] != ord("\n"):
-            line_end = np.append(line_end, len(text))
-        line = np.concatenate([[0], line_end[:-1] + 1]).astype(np.int64)[: len(line_end)]
-        # Four blanks follow the first four fields; a fifth follows the inode if there is more on the line.
-        blanks = _next(text, b" ", line, 5)
-        if (blanks[3] >= line_end).any():
-            raise ValueError("a line of maps has too few fields")
-        inode_end = np.minimum(blanks[4], line_end)
-        (dashes,) = _next(text, b"-", line, 1)
-        (colons,) = _next(text, b":", blanks[2], 1)
-        self.start = _numbers(text, line, dashes, 16)
-        self.end = _numbers(text, dashes + 1, blanks[0], 16)
-        self.flags = text[blanks[0][:, None] + np.arange(1, 5)]
-        self.offset = _numbers(text, blanks[1] + 1, blanks[2], 16)
-        self._dev_major = _numbers(text, blanks[2] + 1, colons, 16)
-        self._dev_minor = _numbers(text, colons + 1, blanks[3], 16)
-        self.inode = _numbers(text, blanks[3] + 1, inode_end, 10)
-        places: dict[bytes, int] = {b"": 0}
-        self.name = np.zeros(len(line), dtype=np.int64)
-        (left,) = np.nonzero(line_end > inode_end + 1)
-        while len(left):
-            # The path of the first line that is left, and all lines that have the same.
-            begin, end = int(inode_end[left[0]]), int(line_end[left[0]])
-            same = left[line_end[left] - inode_end[left] == end - begin]
-            same = same[(_pieces(text, inode_end[same], end - begin) == text[begin:end]).all(axis=1)]
-            self.name[same] = places.setdefault(maps[begin:end], len(places))
-            left = np.setdiff1d(left, same, assume_unique=True)
-        self.paths: list[str] = [os.fsdecode(path.lstrip(b" ")) for path in places]
+        (ends,) = np.nonzero(text == ord("\n"))
+        if len(maps) and not maps.endswith(b"\n"):
+            ends = np.append(ends, len(maps))
+        line = np.concatenate([[0], ends + 1])[: len(ends)]
+        lengths = ends - line
+        self.start, self.end, self.offset, self.inode = np.zeros((4, len(ends)), dtype=np.uint64)
+        self._dev_major, self._dev_minor, self.name = np.zeros((3, len(ends)), dtype=np.int64)
+        self.flags = np.zeros((len(ends), 4), dtype=np.uint8)
+        self._places = {b"": 0}
+        by_length = np.argsort(lengths, kind="stable")
+        for rows in np.split(by_length, np.flatnonzero(np.diff(lengths[by_length])) + 1):
+            left = rows
+            for _ in range(_ALIKE_TRIES):
+                if len(left) < _ALIKE_LINES:
+                    break
+                left = self._parse_alike(text, line, left, int(lengths[left[0]]))
+            for row in left.tolist():
+                self._note(row, self._parse(int(line[row]), int(ends[row])))
+        self.paths: list[str] = [os.fsdecode(path) for path in self._places]
+
+    def _parse(self, begin: int, end: int) -> re.Match[bytes]:
+        line = _MAPS_LINE.fullmatch(self.maps, begin, end)
+        if line is None:
+            raise ValueError("a line of maps is not of the form that the kernel writes")
+        return line
+
+    def _note(self, rows: int | NDArray[np.int64], line: re.Match[bytes]) -> None:
+        # What a line says, for one row or for all that are like it.
+        self.start[rows], self.end[rows], self.offset[rows] = (int(line[field], 16) for field in _VARYING)
+        self.flags[rows] = np.frombuffer(line["flags"], dtype=np.uint8)
+        self._dev_major[rows], self._dev_minor[rows] = int(line["major"], 16), int(line["minor"], 16)
+        self.inode[rows] = int(line["inode"])
+        self.name[rows] = self._places.setdefault(line["path"] or b"", len(self._places))
+
+    def _parse_alike(
+        self, text: NDArray[np.uint8], line: NDArray[np.int64], rows: NDArray[np.int64], length: int
+    ) -> NDArray[np.int64]:
+        # Parse those of these lines, all of one length, that differ from the middle one in nothing but addresses,
+        # flags and offset. In a shared guest nearly all lines are like one of two. Returns the others.
+        begin = int(line[rows[len(rows) // 2]])
+        model = self._parse(begin, begin + length)
+        lines = np.lib.stride_tricks.sliding_window_view(text, length)[line[rows]]
+        tail = model.end("offset") - begin
+        alike = (lines[:, tail:] == text[begin + tail : begin + length]).all(axis=1)
+        for field in ("start", "end", "flags"):
+            column = model.end(field) - begin
+            alike &= lines[:, column] == text[begin + column]
+        digits = [_DIGITS[lines[:, model.start(field) - begin : model.end(field) - begin]] for field in _VARYING]
+        for each in digits:
+            alike &= (each < 16).all(axis=1)
+        found = rows[alike]
+        self._note(found, model)
+        for values, each in zip((self.start, self.end, self.offset), digits, strict=True):
+            numbers = np.zeros(len(rows), dtype=np.uint64)
+            for column in each.T:
+                numbers = numbers << np.uint64(4) | column
+            values[found] = numbers[alike]
+        first_flag = model.start("flags") - begin
+        self.flags[found] = lines[:, first_flag : first_flag + 4][alike]
+        return rows[~alike]
 
     def __len__(self) -> int:
         return len(self.start)
@@ -165,38 +196,19 @@ class Mappings(Sequence[Mapping]):
         return [self[row] for row in np.flatnonzero(which).tolist()]
 
 
-def _next(text: NDArray[np.uint8], letter: bytes, after: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
-    # Where ``letter`` is for the first, second, ... ``count``-th time from each of ``after`` on; the end of the text
-    # where it is not.
-    places = np.append(np.flatnonzero(text == ord(letter)), len(text))
-    at = np.searchsorted(places, after)
-    return [places[np.minimum(at + number, len(places) - 1)] for number in range(count)]
+_MAPS_LINE = re.compile(
+    rb"(?P<start>[0-9a-f]{1,16})-(?P<end>[0-9a-f]{1,16}) (?P<flags>.{4}) (?P<offset>[0-9a-f]{1,16})"
+    rb" (?P<major>[0-9a-f]{1,8}):(?P<minor>[0-9a-f]{1,8}) (?P<inode>[0-9]{1,20})(?: +(?P<path>.*))?",
+    re.DOTALL,
+)
+_VARYING = ("start", "end", "offset")
+_ALIKE_LINES = 256
+"""Fewer lines are sooner parsed one by one."""
+_ALIKE_TRIES = 4
+"""Lines of one length that are like none of so many others are parsed one by one, however many they are."""
 
-
-_DIGITS = np.full(256, 255, dtype=np.uint64)
+_DIGITS = np.full(256, 255, dtype=np.uint8)
 _DIGITS[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
-
-
-def _numbers(
-    text: NDArray[np.uint8], first: NDArray[np.int64], end: NDArray[np.int64], base: int
-) -> NDArray[np.uint64]:
-    # The numbers that are written in ``text`` from each of ``first`` up to each of ``end``.
-    values = np.zeros(len(first), dtype=np.uint64)
-    lengths = end - first
-    if len(first) and not 1 <= lengths.min() <= lengths.max() <= 20:
-        raise ValueError("a line of maps has a field that is no number")
-    for length in np.flatnonzero(np.bincount(lengths)).tolist():
-        (rows,) = np.nonzero(lengths == length)
-        digits = _DIGITS[_pieces(text, first[rows], length)]
-        if (digits >= base).any():
-            raise ValueError("a line of maps has a field that is no number")
-        values[rows] = digits @ np.uint64(base) ** np.arange(length, dtype=np.uint64)[::-1]
-    return values
-
-
-def _pieces(text: NDArray[np.uint8], first: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
-    # The ``length`` bytes from each of ``first`` on, shape ``(n, length)``.
-    return np.lib.stride_tricks.sliding_window_view(text, length)[first]
 
 
 def process_mappings(pid: int, *, of: str = "", last: Mappings | None = None) -> Mappings:

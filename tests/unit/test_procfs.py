@@ -49,11 +49,36 @@ def test_many_mappings_as_columns() -> None:
     assert (mappings.end - mappings.start == 0x1000).all()
     assert mappings.inode.tolist() == [0, 12, 12, 1 << 32]
     assert mappings.shared.tolist() == [False, False, True, False]
-    assert mappings.paths == ["", "/memfd:a (deleted)", "/b"]
+    assert [mappings.paths[place] for place in mappings.name] == ["", "/memfd:a (deleted)", "/memfd:a (deleted)", "/b"]
     chosen = mappings.named(lambda path: path.startswith("/memfd"))
     assert chosen.tolist() == [False, True, True, False]
     assert mappings.of(chosen) == mappings[1:3]
     assert mappings[3].path == "/b"
+
+
+def maps_line(at: int, pages: int, flags: str, offset: int, device: str, inode: int, path: str) -> bytes:
+    """A line as the kernel writes it: the path begins in column 74."""
+    fields = f"{at:08x}-{at + pages * PAGE:08x} {flags} {offset:08x} {device} {inode} "
+    return f"{fields:<73}{path}\n".encode() if path else f"{fields}\n".encode()
+
+
+def test_thousands_of_lines_of_every_kind() -> None:
+    rng = np.random.default_rng(7)
+    expected = []
+    for number in range(6000):
+        # Most are alike; addresses, offsets and inodes of other widths make other lines of the same length.
+        wide, other = number % 7 == 0, number % 11 == 0
+        at = (0x7F0000000000 if wide else 0xFF0000000) + number * 0x10000
+        flags = "".join(choice if rng.random() < 0.8 else "-" for choice in "rwx") + str(rng.choice(["p", "s"]))
+        inode = 100 + number % 1000 if other else 12345
+        offset = int(rng.integers(0, 1 << 40)) * PAGE if rng.random() < 0.3 else int(rng.integers(0, 16)) * PAGE
+        path = f"/file {number}" if other else "/memfd:one (deleted)" if rng.random() < 0.7 else ""
+        expected.append((at, int(rng.integers(1, 16)), flags, offset, "fd:1a" if other else "00:01", inode, path))
+    mappings = Mappings(b"".join(maps_line(*fields) for fields in expected))
+    for mapping, (at, pages, flags, offset, device, inode, path) in zip(mappings, expected, strict=True):
+        major, minor = (int(part, 16) for part in device.split(":"))
+        letters = (letter in flags for letter in "rwxs")
+        assert mapping == Mapping(at, at + pages * PAGE, *letters, offset, major, minor, inode, path)
 
 
 def test_mappings_are_parsed_anew_only_if_they_have_changed() -> None:
@@ -65,10 +90,20 @@ def test_mappings_are_parsed_anew_only_if_they_have_changed() -> None:
     assert len(during) > len(before)
 
 
-@pytest.mark.parametrize("line", [b"no maps\n", b"10-20 rw-p 0 0:0\n", b"1x-20 rw-p 0 00:00 0 \n", b"\n"])
-def test_lines_that_the_kernel_does_not_write(line: bytes) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"no maps\n",
+        b"10-20 rw-p 0 0:0\n",
+        b"1x-20 rw-p 0 00:00 0 \n",
+        b"\n",
+        b"000100x0-00020000 rw-p 00000000 00:00 0 \n",
+    ],
+)
+@pytest.mark.parametrize("others", [1, 1000])
+def test_lines_that_the_kernel_does_not_write(line: bytes, others: int) -> None:
     with pytest.raises(ValueError, match="a line of maps"):
-        Mappings(b"00010000-00020000 rw-p 00000000 00:00 0 \n" + line)
+        Mappings(b"00010000-00020000 rw-p 00000000 00:00 0 \n" * others + line)
 
 
 def test_mapping_of_a_file_agrees_with_stat(tmp_path: Path) -> None:
