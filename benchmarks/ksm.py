@@ -290,7 +290,7 @@ def share_all(guests: Sequence[LinuxGuest]) -> None:
     """
     processes = [process for guest in guests if (process := inspect_process(guest.pid)) is not None]
     with QemuHypervisor(processes, groups={"all": range(1, len(processes) + 1)}) as hypervisor:
-        groups = trust_groups(hypervisor.domains(), ["all"], lambda: secrets.randbits(SEED_BITS))
+        groups = trust_groups(hypervisor.names(), ["all"], lambda: secrets.randbits(SEED_BITS))
         report = share(hypervisor, groups, wait=time.sleep)
         hypervisor.fold_back()
     if report.audit_findings:

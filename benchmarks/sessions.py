@@ -71,7 +71,7 @@ def _session(images: list[PageBytes]) -> Counter[str]:
         seconds[progress.phase if progress else "end"] += now - last  # type: ignore[assignment]  # floats, which Counter adds as well
         last = now
 
-    share(host, trust_groups(host.domains(), ["all"], lambda: 1), wait=time.sleep, progress=note)
+    share(host, trust_groups(host.names(), ["all"], lambda: 1), wait=time.sleep, progress=note)
     note(None)
     return seconds
 

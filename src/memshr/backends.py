@@ -18,7 +18,7 @@ from memshr.domainsource import DomainSource
 from memshr.errors import BackendError, MemshrError, NoSuchDomainError, UnsupportedError
 from memshr.hypervisor import Hypervisor
 from memshr.sources import Subject
-from memshr.types import DomainInfo, DomId
+from memshr.types import DomId
 
 if TYPE_CHECKING:
     from memshr.embedded import EmbeddedHypervisor
@@ -124,7 +124,7 @@ def select_guests(sources: Sequence[str]) -> list[GuestProcess]:
     return list(found.values())
 
 
-Grouping = Callable[[Sequence[DomainInfo]], Mapping[str, Collection[int]]]
+Grouping = Callable[[Mapping[DomId, str]], Mapping[str, Collection[int]]]
 
 
 @contextlib.contextmanager
@@ -146,12 +146,7 @@ def open_guests(
     if groups is None:
         members: Mapping[str, Collection[int]] = groups_in_force(processes)
     else:
-        members = groups(
-            [
-                DomainInfo(DomId(number), process.name, tot_pages=0, shr_pages=0, max_pages=0)
-                for number, process in enumerate(processes, 1)
-            ]
-        )
+        members = groups({DomId(number): process.name for number, process in enumerate(processes, 1)})
     reserve = DEFAULT_RESERVE_BYTES if reserve_bytes is None else reserve_bytes
     with QemuHypervisor(processes, groups=members, reserve_bytes=reserve) as hypervisor:
         yield hypervisor
@@ -245,7 +240,7 @@ def _guest_subjects(
         found[EVERY_GUEST] = _reachable(found[EVERY_GUEST], notice)
     processes = {process.pid: process for each in found.values() for process in each}
     hypervisor = stack.enter_context(open_guests(list(processes.values())))
-    domids = {hypervisor.enlisted(info.domid).pid: info.domid for info in hypervisor.domains()}
+    domids = {hypervisor.enlisted(domid).pid: domid for domid in hypervisor.names()}
     lock = threading.Lock()
     subjects: dict[str, list[Subject]] = {}
     for source, each in found.items():

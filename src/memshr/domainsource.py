@@ -38,8 +38,8 @@ class DomainSource:
         self._domid = domid
         self._lock = lock
         self._huge = huge
-        self.name = hypervisor.domain_info(domid).name
         self.ranges: NDArray[np.int64] = hypervisor.populated_ranges(domid)
+        self.name = hypervisor.names().get(domid, str(domid))
         self._ends = np.cumsum(self.ranges[:, 1])
 
     @property

@@ -18,8 +18,8 @@ naming a domain first enables sharing on it, and ``range_share`` stops being ato
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,10 @@ class Capability(enum.StrEnum):
     """frames_of: which pages are together on one frame already, so that nobody need look at them again."""
 
 
+NOT_BACKED: Final = -2
+"""What frames_of says of a page on which the host spends no memory."""
+
+
 @runtime_checkable
 class Hypervisor(Protocol):
     """A host whose domains' pages can be shared."""
@@ -74,6 +78,9 @@ class Hypervisor(Protocol):
 
     def domains(self) -> Sequence[DomainInfo]:
         """Every domain of the host that could be named in a call, in order of domid (dom0 is left out)."""
+
+    def names(self) -> Mapping[DomId, str]:
+        """The name of each of ``domains``, in the same order; cheap where their figures are not."""
 
     def domain_info(self, domid: DomId) -> DomainInfo:
         """The figures of one domain.
@@ -107,9 +114,10 @@ class Hypervisor(Protocol):
         """
 
     def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
-        """The frame that each page shares; -1 for those that are on no shared frame, or not there.
+        """The frame that each page shares; -1 for those that are on no shared frame, NOT_BACKED for those of which
+        ``backed`` says no.
 
-        Pages with the same answer hold the same bytes at that moment. A page that is only nominated may have either
+        Pages with the same frame hold the same bytes at that moment. A page that is only nominated may have either
         answer. (capability FRAMES)
 
         :returns: mfns, shape ``(n,)``.

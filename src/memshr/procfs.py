@@ -144,7 +144,7 @@ class Mappings(Sequence[Mapping]):
             values[found] = numbers[alike]
         first_flag = model.start("flags") - begin
         self.flags[found] = lines[:, first_flag : first_flag + 4][alike]
-        return rows[~alike]
+        return np.asarray(rows[~alike])
 
     def __len__(self) -> int:
         return len(self.start)

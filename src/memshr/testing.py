@@ -26,7 +26,7 @@ from memshr.embedded import EmbeddedHypervisor
 from memshr.embedded.p2m import HOLE, TYPE_BITS
 from memshr.embedded.shared_frames import NO_SLOT, page_id
 from memshr.errors import Status
-from memshr.hypervisor import Capability, Hypervisor
+from memshr.hypervisor import NOT_BACKED, Capability, Hypervisor
 from memshr.types import PAGE_SIZE, DomId, Gfn, GrantRef, Handle, P2mType, PageArray
 
 
@@ -355,6 +355,8 @@ def zero_pages_are_given_back(host: GuestHost) -> None:
     _require(statuses.tolist() == [0, Status.S_HANDLE_INVALID], "a page with a dead handle is left alone")
     _require(host.read(domid, gfns[1])[:7] == b"changed", "and keeps its contents")
     _require(not hypervisor.backed(pages)[0], "a released page is backed no more")
+    if Capability.FRAMES in hypervisor.capabilities:
+        _require(hypervisor.frames_of(pages).tolist() == [NOT_BACKED, -1], "and frames_of says so, too")
     _require(host.read(domid, gfns[0]) == bytes(PAGE_SIZE), "a released page reads as zeros")
     host.write(domid, gfns[0], b"again", 8)
     _require(host.read(domid, gfns[0])[:13] == bytes(8) + b"again", "a released page can be written")

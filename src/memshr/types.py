@@ -154,10 +154,14 @@ class AuditFinding:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """The result of an audit: every finding, and the number that Xen's own audit would have returned."""
+    """The result of an audit: every finding, and the number that Xen's own audit would have returned.
 
-    findings: tuple[AuditFinding, ...] = ()
-    xen_errors: int = 0
+    ``counters`` are those of the books that were audited.
+    """
+
+    findings: tuple[AuditFinding, ...]
+    xen_errors: int
+    counters: Counters
 
     @property
     def clean(self) -> bool:

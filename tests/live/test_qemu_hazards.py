@@ -107,7 +107,7 @@ def test_a_session_splits_a_huge_page_only_where_it_pays(host: QtestHost, needed
         guest.write(FIRST_GFN * PAGE_SIZE, b"".join(contents))
     neighbours = PageArray.of_domain(FIRST, np.arange(FIRST_GFN + 2, FIRST_GFN + HUGE_PAGE_PAGES))
     assert host.hypervisor.huge(neighbours).all()
-    groups = trust_groups(host.hypervisor.domains(), ["all"], lambda: 1)
+    groups = trust_groups(host.hypervisor.names(), ["all"], lambda: 1)
     options = SharingOptions(huge_page_pages=needed_pages, threads=1)
     report = share_session(host.hypervisor, groups, wait=lambda _: None, options=options)
     assert (host.hypervisor.frames_of(run_of(FIRST, 2)) >= 0).tolist() == [split, split]

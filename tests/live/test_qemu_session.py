@@ -37,7 +37,7 @@ def opened(guests: Sequence[LinuxGuest], groups: Mapping[str, Sequence[int]]) ->
 def run(hypervisor: QemuHypervisor, groups: Mapping[str, Sequence[int]]) -> SharingReport:
     """One session."""
     specs = [f"{name}={','.join(map(str, members))}" for name, members in groups.items()]
-    trusted = trust_groups(hypervisor.domains(), specs, lambda: secrets.randbits(SEED_BITS))
+    trusted = trust_groups(hypervisor.names(), specs, lambda: secrets.randbits(SEED_BITS))
     report = share(hypervisor, trusted, wait=time.sleep, options=SharingOptions(huge_page_pages=0))
     assert not report.audit_findings
     assert report.stopped is None
@@ -110,7 +110,7 @@ def test_frames_of_a_group_that_was_dissolved_take_no_new_sharers(guest_pair: Pa
         before = {each.group: each.sharing_pages for each in hypervisor.pool_figures()}
     with opened(guest_pair, apart) as hypervisor:
         specs = [f"{name}={member}" for name, (member,) in apart.items()]
-        trusted = trust_groups(hypervisor.domains(), specs, lambda: secrets.randbits(SEED_BITS))
+        trusted = trust_groups(hypervisor.names(), specs, lambda: secrets.randbits(SEED_BITS))
         report = share(hypervisor, trusted, wait=time.sleep, options=SharingOptions(huge_page_pages=0))
         assert {finding.invariant for finding in report.audit_findings} == {"I10"}
         after = {each.group: each.sharing_pages for each in hypervisor.pool_figures()}

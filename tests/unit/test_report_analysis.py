@@ -127,7 +127,7 @@ def session_figures(sources: Sequence[Memory], groups: Sequence[str], max_sharer
         pages = np.frombuffer(b"".join(map(page, source.contents)), np.uint8).reshape(-1, PAGE_SIZE).copy()
         host.create_domain(source.name, extents=[Extent(Gfn(0), pages)] if len(pages) else [])
     options = SharingOptions(max_sharers=max_sharers, threads=1)
-    report = share(host, trust_groups(host.domains(), groups, lambda: 5), wait=lambda _: None, options=options)
+    report = share(host, trust_groups(host.names(), groups, lambda: 5), wait=lambda _: None, options=options)
     assert not report.audit_findings
     return {
         **{name: getattr(report, name) for name in FIGURES},

@@ -176,7 +176,8 @@ def test_every_sharing_call_reaches_the_hypervisor_with_its_arguments_in_place(o
 
 def test_the_audit_asks_xen_and_counts(on_the_device: OnTheDevice) -> None:
     said, calls = on_the_device.run("print(host.audit())\n")
-    assert said == ["AuditReport(findings=(), xen_errors=0)"]
+    (line,) = said
+    assert line.startswith("AuditReport(findings=(), xen_errors=0, counters=Counters("), line
     assert calls == [
         "audit",
         "control dom=1 enable=1",

@@ -15,7 +15,7 @@ from memshr.cli.share import group_members
 from memshr.embedded import EmbeddedHypervisor
 from memshr.images import open_image
 from memshr.sharing.session import SharingOptions
-from memshr.types import AuditReport, Counters, DomId, Gfn, page_buffer
+from memshr.types import AuditReport, DomId, Gfn, page_buffer
 
 _BATCH_PAGES = 2048
 
@@ -40,18 +40,18 @@ def audit(
     kind = kind_of(sources)
     if kind is SourceKind.XEN:
         with open_xen() as xen:
-            _tell(xen.audit(), xen.counters(), as_json=as_json)
+            _tell(xen.audit(), as_json=as_json)
         return
     if kind is SourceKind.QEMU:
         grouping = partial(group_members, groups) if groups else None
         with open_guests(select_guests(sources), groups=grouping) as live:
-            _tell(live.audit(), live.counters(), as_json=as_json)
+            _tell(live.audit(), as_json=as_json)
         return
     with open_images(sources, format=image_format) as hypervisor:
         report = run_session(hypervisor, groups, SharingOptions(max_sharers=max_sharers))
         checked = wrong = 0
-        for info, path in zip(hypervisor.domains(), sources, strict=True):
-            pages, differing = _compare_with_image(hypervisor, info.domid, path, image_format)
+        for domid, path in zip(hypervisor.names(), sources, strict=True):
+            pages, differing = _compare_with_image(hypervisor, domid, path, image_format)
             checked += pages
             wrong += differing
         audited = hypervisor.audit()
@@ -77,16 +77,15 @@ def audit(
         raise click.exceptions.Exit(1)
 
 
-def _tell(audited: AuditReport, counters: Counters, *, as_json: bool) -> None:
+def _tell(audited: AuditReport, *, as_json: bool) -> None:
     if as_json:
-        findings = [dataclasses.asdict(finding) for finding in audited.findings]
-        print_json({"findings": findings, "xen_errors": audited.xen_errors, "counters": dataclasses.asdict(counters)})
+        print_json(dataclasses.asdict(audited))
     else:
         for finding in audited.findings:
             click.echo(str(finding))
         click.echo(
-            f"{len(audited.findings)} findings; {counters.used_frames:,} frames are shared"
-            f" and save {counters.freed_pages:,} pages."
+            f"{len(audited.findings)} findings; {audited.counters.used_frames:,} frames are shared"
+            f" and save {audited.counters.freed_pages:,} pages."
         )
     if not audited.clean:
         raise click.exceptions.Exit(1)

@@ -68,8 +68,7 @@ def ctl(host: str, call: tuple[str, ...], as_json: bool) -> None:
     refused = False
     with open_host(host) as hypervisor:
         session = Operations(hypervisor)
-        for info in hypervisor.domains():
-            session.domains[info.name] = info.domid
+        session.domains.update({name: domid for domid, name in hypervisor.names().items()})
         saved: dict[str, int] = {}
         for place, line in _lines(call):
             answer = _run(session, line, saved, place)

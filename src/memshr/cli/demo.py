@@ -98,7 +98,7 @@ def _write_into_a_shared_page(hypervisor: EmbeddedHypervisor) -> Iterator[str]:
     writer, *others = _widely_shared_page(hypervisor)
     before = hypervisor.counters()
     contents = hypervisor.read(writer.domid, writer.gfn)
-    names = {info.domid: info.name for info in hypervisor.domains()}
+    names = hypervisor.names()
     sharers = ", ".join(sorted({names[page.domid] for page in (writer, *others)}))
     yield f"gfn {writer.gfn:#x} of {names[writer.domid]} is on one frame with {len(others)} other pages ({sharers})."
     hypervisor.write(writer.domid, writer.gfn, b"written by one guest")

@@ -40,12 +40,12 @@ def detach(guests: tuple[str, ...], reserve_mib: int, as_json: bool) -> None:
 def _undo(sources: Sequence[str], reserve_bytes: int, *, detach: bool) -> Iterator[GuestFigures]:
     """What each guest shared until then."""
     with not_to_be_stopped(), open_guests(select_guests(sources), reserve_bytes=reserve_bytes) as hypervisor:
-        for info in hypervisor.domains():
-            before = hypervisor.guest_figures(info.domid)
+        for domid in hypervisor.names():
+            before = hypervisor.guest_figures(domid)
             if detach:
-                hypervisor.detach(info.domid)
+                hypervisor.detach(domid)
             else:
-                hypervisor.unshare_guest(info.domid)
+                hypervisor.unshare_guest(domid)
             yield before
 
 

@@ -39,8 +39,8 @@ def run_session(
 
     :param domids: only these domains; None: all.
     """
-    domains = [info for info in hypervisor.domains() if domids is None or info.domid in domids]
-    trusted = trust_groups(domains, groups, lambda: secrets.randbits(SEED_BITS))
+    names = {domid: name for domid, name in hypervisor.names().items() if domids is None or domid in domids}
+    trusted = trust_groups(names, groups, lambda: secrets.randbits(SEED_BITS))
     with _session_progress() as progress:
         return share(hypervisor, trusted, wait=time.sleep, options=options, progress=progress)
 

@@ -17,7 +17,7 @@ from memshr.errors import RefusedDomainError
 from memshr.report.wording import printable
 from memshr.sharing.groups import trust_groups
 from memshr.sharing.session import SharingOptions
-from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, DomainInfo
+from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, DomId
 
 if TYPE_CHECKING:
     from memshr.qemu.guests import GuestProcess
@@ -71,10 +71,10 @@ def share(
     exit_with(report)
 
 
-def group_members(specs: Sequence[str], domains: Sequence[DomainInfo]) -> Mapping[str, Collection[int]]:
-    """The domids of each trust group that ``specs`` write down."""
+def group_members(specs: Sequence[str], names: Mapping[DomId, str]) -> Mapping[str, Collection[int]]:
+    """The domids of each trust group that ``specs`` write down, of the domains that have these names."""
     written = {spec.partition("=")[0].strip() for spec in specs}
-    groups = trust_groups(domains, specs, lambda: 0)
+    groups = trust_groups(names, specs, lambda: 0)
     return {group.name: group.domids for group in groups if group.name in written}
 
 
@@ -96,7 +96,7 @@ def _share_guests(
     ):
         report = run_session(hypervisor, groups, options)
         hypervisor.fold_back()
-        figures = [hypervisor.guest_figures(info.domid) for info in hypervisor.domains()]
+        figures = [hypervisor.guest_figures(domid) for domid in hypervisor.names()]
     gained_bytes = host_available_bytes() - before_bytes
     if as_json:
         host = {"mem_available_gained_bytes": gained_bytes, "counted_bytes": report.saved_pages * PAGE_SIZE}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from memshr.embedded.columns import Index, Spots
 from memshr.embedded.p2m import TYPE_BITS, TYPE_MASK
 from memshr.embedded.shared_frames import FIRST_HANDLE, Slots, page_of
-from memshr.types import DOMID_COW, MAX_GFN_BITS, AuditFinding, AuditReport, DomId, Gfn, Mfn, P2mType
+from memshr.types import DOMID_COW, MAX_GFN_BITS, AuditFinding, AuditReport, Counters, DomId, Gfn, Mfn, P2mType
 
 if TYPE_CHECKING:
     from memshr.embedded.mem_sharing import MemSharing
@@ -66,7 +66,8 @@ def audit(books: MemSharing) -> AuditReport:
     _check_reverse_maps(books, members, findings)
     _check_p2m(books, members, shared_pids, shared_mfns, findings)
     _check_counters(books, slots, shared_pids, findings)
-    return AuditReport(tuple(findings.found), _count_as_xen(books, slots, members))
+    xen_errors = _count_as_xen(books, slots, members)
+    return AuditReport(tuple(findings.found), xen_errors, Counters(books.freed_pages, books.used_frames))
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,6 +195,10 @@ class Host:
         """See the seam; dying domains are listed."""
         return [self.domain_info(DomId(domid)) for domid in sorted(self.books.domains)]
 
+    def names(self) -> dict[DomId, str]:
+        """See the seam."""
+        return {info.domid: info.name for info in self.domains()}
+
     def domain_info(self, domid: DomId) -> DomainInfo:
         """See the seam."""
         domain = self._existing(domid, "domain_info")

@@ -22,7 +22,7 @@ from memshr.embedded.mem_sharing import Domain
 from memshr.embedded.p2m import TYPE_BITS, TYPE_MASK, is_ram_many
 from memshr.embedded.shared_frames import NOWHERE, page_id, page_of
 from memshr.errors import Status
-from memshr.hypervisor import Capability, error_of
+from memshr.hypervisor import NOT_BACKED, Capability, error_of
 from memshr.types import (
     MAX_GFN_BITS,
     AuditReport,
@@ -81,7 +81,9 @@ class EmbeddedHypervisor(Host):
     def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
         """See the seam."""
         values = self.books.entries.gather(Spots(self._pids(pages)))
-        return np.where(values & TYPE_MASK == P2mType.RAM_SHARED, values >> TYPE_BITS, -1)
+        kinds = values & TYPE_MASK
+        frames = np.where(kinds == P2mType.RAM_POD, NOT_BACKED, -1)
+        return np.where(kinds == P2mType.RAM_SHARED, values >> TYPE_BITS, frames)
 
     def read_range(self, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:
         """See the seam: a view of the frames where they are in a row, a copy in ``buffer`` where not."""

@@ -265,10 +265,11 @@ class Attachment:
 
         :param mappings: what it has mapped.
         """
-        pools = of_pools(mappings)
-        files = np.stack([mappings.name, mappings.inode.astype(np.int64)], axis=1)
-        for file in np.unique(files[pools], axis=0):
-            (rows,) = np.nonzero(pools & (files == file).all(axis=1))
+        (left,) = np.nonzero(of_pools(mappings))
+        while len(left):
+            same = mappings.inode[left] == mappings.inode[left[0]]
+            same &= mappings.name[left] == mappings.name[left[0]]
+            rows, left = left[same], left[~same]
             starts = mappings.start[rows].astype(np.int64)
             lengths = (mappings.end[rows].astype(np.int64) - starts) >> PAGE_SHIFT
             first_frames = mappings.offset[rows].astype(np.int64) >> PAGE_SHIFT

@@ -55,6 +55,8 @@ Ids = NDArray[np.int64]
 POOL_SHIFT: Final = 32
 NOWHERE: Final = -1
 _FIRST_HANDLE: Final = 2
+_SPARSE: Final = 16
+"""Numbers of a range that is so many times as large as they are many are sooner sorted than counted."""
 PLAIN, NOMINATED, IN_FLIGHT = 0, 1, 2
 
 
@@ -102,12 +104,10 @@ class PoolBooks:
         self.grow()
 
     def grow(self) -> None:
-        """Make room for every frame number that was given out."""
-        missing = self.pool.frames - len(self.handles)
-        if missing > 0:
-            room = np.zeros(max(missing, len(self.handles)), dtype=np.uint64)
-            self.handles = np.concatenate([self.handles, room])
-            self.sums = np.concatenate([self.sums, room])
+        """Make room for every frame number that was given out. Most are of frames long gone: they cost nothing."""
+        if self.pool.frames > len(self.handles):
+            room = max(self.pool.frames, 2 * len(self.handles))
+            self.handles, self.sums = _enlarged(self.handles, room), _enlarged(self.sums, room)
 
 
 class GuestBooks:
@@ -270,7 +270,7 @@ class GuestBooks:
         # A frame that was shared by an earlier memshr has no handle yet.
         handles = np.zeros(len(frames), dtype=np.uint64)
         for books, rows, numbers in self.by_pool(frames):
-            without = np.unique(numbers[books.handles[numbers] == 0])
+            without = _distinct(numbers[books.handles[numbers] == 0])
             books.handles[without] = self.new_handles(len(without))
             handles[rows] = books.handles[numbers]
         return handles
@@ -281,6 +281,11 @@ class GuestBooks:
         for books, rows, numbers in self.by_pool(self.frame[ids[mapped]]):
             handles[mapped[rows]] = books.handles[numbers]
         return handles
+
+    def _distinct_frames(self, frames: NDArray[np.int64]) -> NDArray[np.int64]:
+        # These frames, each once, ascending.
+        parts = [frames[rows[0]] - numbers[0] + _distinct(numbers) for _, rows, numbers in self.by_pool(frames)]
+        return np.concatenate([frames[:0], *parts])
 
     def by_pool(self, frames: NDArray[np.int64]) -> list[tuple[PoolBooks, NDArray[np.int64], NDArray[np.int64]]]:
         # Each pool that has some of these frames, with the rows of ``frames`` that are its and their numbers in it.
@@ -386,7 +391,8 @@ class GuestBooks:
         found = []
         for number, books in enumerate(self.pools):
             mine = frames[frames >> POOL_SHIFT == number]
-            found.append(PoolFigures(books.pool.group, len(np.unique(mine)), len(mine), books.pool.backed_bytes))
+            used = len(self._distinct_frames(mine))
+            found.append(PoolFigures(books.pool.group, used, len(mine), books.pool.backed_bytes))
         return found
 
     # -- audit --------------------------------------------------------------------------------------------------------
@@ -395,9 +401,11 @@ class GuestBooks:
         """As the seam says; costs a look at the pagemap of every shared page."""
         self.look_again()
         _, frames = self.readers()
-        used = len(np.unique(frames))
+        return self._counters(len(frames), len(self._distinct_frames(frames)))
+
+    def _counters(self, sharing_pages: int, frames: int) -> Counters:
         nominated = int((self.phase == NOMINATED).sum())
-        return Counters(freed_pages=len(frames) - used, used_frames=used + nominated)
+        return Counters(freed_pages=sharing_pages - frames, used_frames=frames + nominated)
 
     def audit(self) -> AuditReport:
         """Check what this object believes against what the kernel says, in both directions.
@@ -414,19 +422,21 @@ class GuestBooks:
                 continue
             try:
                 mappings = guest.mappings()
+                base = int(self.base[guest.domid - 1])
+                believed = self.frame[base : base + guest.pages]
                 if guest.session is None:
                     self.rebuild(guest, mappings)  # as look_again: there is nothing that we believe
-                mapped, foreign = self._mapped_frames(guest, mappings)
+                    mapped = believed
+                else:
+                    mapped, foreign = self._mapped_frames(guest, mappings)
+                    findings += foreign
             except NoSuchDomainError:
                 continue
-            findings += foreign
-            base = int(self.base[guest.domid - 1])
-            believed = self.frame[base : base + guest.pages]
             for page in np.flatnonzero(mapped != believed).tolist():
                 xen_errors += int(believed[page] != NOWHERE)
                 findings.append(self._finding("I3", base + page, int(believed[page]), int(mapped[page])))
             own = self.groups[guest.domid - 1]
-            for number in np.unique(mapped[mapped != NOWHERE] >> POOL_SHIFT).tolist():
+            for number in _present(mapped[mapped != NOWHERE] >> POOL_SHIFT):
                 if self.pools[number].pool.group != own:
                     page = base + int(np.flatnonzero(mapped >> POOL_SHIFT == number)[0])
                     domid, gfn = self.place(page)
@@ -451,9 +461,10 @@ class GuestBooks:
                     "I5", domid, gfn, Mfn(int(self.frame[page])), "one handle", "two", "nominated while on a frame"
                 )
             )
-        changed = self._changed_frames(np.unique(frames))
+        read = self._distinct_frames(frames)
+        changed = self._changed_frames(read)
         findings += changed
-        return AuditReport(tuple(findings), xen_errors + len(changed))
+        return AuditReport(tuple(findings), xen_errors + len(changed), self._counters(len(frames), len(read)))
 
     def _finding(self, invariant: str, page: int, believed: int, mapped: int) -> AuditFinding:
         domid, gfn = self.place(page)
@@ -487,9 +498,23 @@ class GuestBooks:
         return findings
 
 
+def _enlarged(values: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
+    # Zeros that nobody has written to take no memory.
+    enlarged = np.zeros(size, dtype=np.uint64)
+    (used,) = np.nonzero(values)
+    enlarged[used] = values[used]
+    return enlarged
+
+
+def _distinct(numbers: NDArray[np.integer]) -> NDArray[np.integer]:
+    # These numbers, each once, ascending; numpy.unique would sort all of them.
+    if len(numbers) and int(numbers.max()) > _SPARSE * len(numbers):
+        return np.unique(numbers)
+    return np.flatnonzero(np.bincount(numbers))
+
+
 def _present(numbers: NDArray[np.integer]) -> list[int]:
-    # The small numbers that are there, ascending; numpy.unique would sort all of them.
-    found: list[int] = np.flatnonzero(np.bincount(numbers)).tolist()
+    found: list[int] = _distinct(numbers).tolist()
     return found
 
 

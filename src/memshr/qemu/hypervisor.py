@@ -33,7 +33,7 @@ from memshr.errors import (
     Status,
     UnsupportedError,
 )
-from memshr.hypervisor import Capability, error_of
+from memshr.hypervisor import NOT_BACKED, Capability, error_of
 from memshr.qemu import pagemap
 from memshr.qemu.agent import Injector
 from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment
@@ -174,6 +174,11 @@ class QemuHypervisor:
                 continue
         return found
 
+    def names(self) -> dict[DomId, str]:
+        """As the seam says."""
+        guests = [guest for guest in self._books.guests if not guest.dead and guest.process.running]
+        return {guest.domid: guest.process.name for guest in guests}
+
     def domain_info(self, domid: DomId) -> DomainInfo:
         """As the seam says; costs a look at the pagemap of the guest's shared pages."""
         guest = self._books.guest(domid, "domain_info")
@@ -201,14 +206,7 @@ class QemuHypervisor:
 
     def backed(self, pages: PageArray) -> NDArray[np.bool_]:
         """Which pages the host spends memory on: neither absent nor the kernel's zero page. A shared page is."""
-        found = np.zeros(len(pages), dtype=np.bool_)
-        ids, _ = self._books.ids(pages)
-        there = np.flatnonzero(ids >= 0)
-        for guest, rows in self._books.by_guest(ids[there]):
-            entries = guest.entries(self._books.local(guest, ids[there[rows]]))
-            in_pool = self._books.frame[ids[there[rows]]] != NOWHERE
-            found[there[rows]] = in_pool | (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries))
-        return found
+        return np.asarray(self.frames_of(pages) != NOT_BACKED)
 
     def huge(self, pages: PageArray) -> NDArray[np.bool_]:
         """As the seam says: transparent huge pages. Looks at one page of each."""
@@ -220,12 +218,18 @@ class QemuHypervisor:
         return found
 
     def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
-        """As the seam says: looks at the pagemap of the pages that have a frame mapped."""
-        found = np.full(len(pages), NOWHERE, dtype=np.int64)
+        """As the seam says: one look at the pagemap of all of them."""
+        found = np.full(len(pages), NOT_BACKED, dtype=np.int64)
         ids, _ = self._books.ids(pages)
         there = np.flatnonzero(ids >= 0)
-        there = there[self._books.on_frame(ids[there])]
-        found[there] = self._books.frame[ids[there]]
+        for guest, rows in self._books.by_guest(ids[there]):
+            mine = ids[there[rows]]
+            entries = guest.entries(self._books.local(guest, mine))
+            mapped = self._books.frame[mine]
+            frames = np.where(pagemap.on_frame(entries), mapped, NOWHERE)
+            absent = ~pagemap.is_there(entries) | guest.pagemap.zero_pages(entries)
+            frames[absent & (mapped == NOWHERE)] = NOT_BACKED
+            found[there[rows]] = frames
         return found
 
     def read_range(self, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:

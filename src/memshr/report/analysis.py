@@ -38,7 +38,7 @@ from memshr.sharing.fingerprint import Fingerprinter
 from memshr.sharing.groups import trust_groups
 from memshr.sharing.session import Fingerprinting
 from memshr.sources import Subject
-from memshr.types import DomainInfo, page_buffer
+from memshr.types import page_buffer
 
 DEFAULT_MAPPINGS = 65_530 - 2_048
 """The default of Linux's vm.max_map_count, less what sharing leaves to QEMU itself."""
@@ -158,13 +158,10 @@ _SAMPLE_THREADS = 8
 
 
 def _groups(population: Population, specs: Sequence[str]) -> Groups:
-    infos = [
-        DomainInfo(population.domid(number), subject.pages.name, tot_pages=0, shr_pages=0, max_pages=0)
-        for number, subject in enumerate(population.subjects)
-    ]
-    found = trust_groups(infos, specs, lambda: 0)
+    names = {population.domid(number): subject.pages.name for number, subject in enumerate(population.subjects)}
+    found = trust_groups(names, specs, lambda: 0)
     members = [[domid - 1 for domid in group.domids] for group in found]
-    group_of = [0] * len(infos)
+    group_of = [0] * len(names)
     for group, numbers in enumerate(members):
         for number in numbers:
             group_of[number] = group

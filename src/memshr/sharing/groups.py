@@ -7,11 +7,11 @@ worked through alone, so pages of different groups cannot meet (invariant I10).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from memshr.errors import MemshrError
-from memshr.types import DomainInfo, DomId
+from memshr.types import DomId
 
 EVERY_DOMAIN = "all"
 
@@ -32,44 +32,44 @@ class Group:
     seed: int = field(repr=False)
 
 
-def trust_groups(domains: Sequence[DomainInfo], specs: Sequence[str], new_seed: Callable[[], int]) -> list[Group]:
-    """The trust groups of ``domains``: those that ``specs`` name, and one for each domain that no spec names.
+def trust_groups(names: Mapping[DomId, str], specs: Sequence[str], new_seed: Callable[[], int]) -> list[Group]:
+    """The trust groups of some domains: those that ``specs`` name, and one for each domain that no spec names.
 
-    :param domains: the domains to be shared.
+    :param names: the domains to be shared, as ``Hypervisor.names`` says.
     :param specs: ``NAME=DOMAIN,DOMAIN...`` each, a domain being named by its name or its domid; or the one spec
         ``all``, which puts all domains into one group.
     :param new_seed: gives an unpredictable seed of ``fingerprint.SEED_BITS`` bits at each call.
-    :returns: groups in the order of the specs, then the single domains in the order of ``domains``.
+    :returns: groups in the order of the specs, then the single domains in the order of ``names``.
     :raises GroupError: a spec that has no name or no domains, two groups of one name or one of the name of a domain
         outside it, a domain that is unknown, ambiguous, or named twice.
     """
     if EVERY_DOMAIN in specs:
         if len(specs) > 1:
             raise GroupError(f"group {EVERY_DOMAIN!r} takes every domain, so there can be no other group")
-        return [Group(EVERY_DOMAIN, tuple(info.domid for info in domains), new_seed())] if domains else []
+        return [Group(EVERY_DOMAIN, tuple(names), new_seed())] if names else []
     groups: list[Group] = []
     group_of: dict[DomId, str] = {}
     for spec in specs:
-        name, domids = _parse(spec, domains)
+        name, domids = _parse(spec, names)
         if name in (group.name for group in groups):
             raise GroupError(f"there are two groups of the name {name!r}", remedy="write all its domains into one")
         for domid in domids:
             if domid in group_of:
                 where = "twice in" if group_of[domid] == name else f"in group {group_of[domid]!r} and again in"
-                raise GroupError(f"domain {_name_of(domid, domains)!r} is {where} group {name!r}")
+                raise GroupError(f"domain {names[domid]!r} is {where} group {name!r}")
             group_of[domid] = name
         groups.append(Group(name, domids, new_seed()))
-    alone = [info for info in domains if info.domid not in group_of]
+    alone = {domid: name for domid, name in names.items() if domid not in group_of}
     for group in groups:
-        if group.name in (info.name for info in alone):
+        if group.name in alone.values():
             raise GroupError(
                 f"group {group.name!r} has the name of a domain that is not in it",
                 remedy="give it another name, or put that domain in",
             )
-    return groups + [Group(info.name, (info.domid,), new_seed()) for info in alone]
+    return groups + [Group(name, (domid,), new_seed()) for domid, name in alone.items()]
 
 
-def _parse(spec: str, domains: Sequence[DomainInfo]) -> tuple[str, tuple[DomId, ...]]:
+def _parse(spec: str, names: Mapping[DomId, str]) -> tuple[str, tuple[DomId, ...]]:
     name, equals, listed = spec.partition("=")
     name = name.strip()
     if not equals or not name:
@@ -77,15 +77,15 @@ def _parse(spec: str, domains: Sequence[DomainInfo]) -> tuple[str, tuple[DomId, 
     wanted = [domain.strip() for domain in listed.split(",") if domain.strip()]
     if not wanted:
         raise GroupError(f"group {name!r} has no domains", remedy=f"write {name}=DOMAIN,DOMAIN...")
-    return name, tuple(_find(domain, name, domains) for domain in wanted)
+    return name, tuple(_find(domain, name, names) for domain in wanted)
 
 
-def _find(wanted: str, group: str, domains: Sequence[DomainInfo]) -> DomId:
-    found = [info.domid for info in domains if info.name == wanted]
+def _find(wanted: str, group: str, names: Mapping[DomId, str]) -> DomId:
+    found = [domid for domid, name in names.items() if name == wanted]
     if not found and wanted.isdecimal():
-        found = [info.domid for info in domains if info.domid == int(wanted)]
+        found = [domid for domid in names if domid == int(wanted)]
     if not found:
-        known = ", ".join(info.name for info in domains) or "none"
+        known = ", ".join(names.values()) or "none"
         raise GroupError(
             f"group {group!r} names the domain {wanted!r}, which is not here", remedy=f"there are: {known}"
         )
@@ -93,7 +93,3 @@ def _find(wanted: str, group: str, domains: Sequence[DomainInfo]) -> DomId:
         domids = ", ".join(str(domid) for domid in found)
         raise GroupError(f"group {group!r}: several domains have the name {wanted!r}", remedy=f"use a domid: {domids}")
     return found[0]
-
-
-def _name_of(domid: DomId, domains: Sequence[DomainInfo]) -> str:
-    return next(info.name for info in domains if info.domid == domid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import NotSharableError, Status
-from memshr.hypervisor import Hypervisor, error_of
+from memshr.hypervisor import NOT_BACKED, Hypervisor, error_of
 from memshr.sharing.fingerprint import Fingerprints
 from memshr.types import DomId, Gfn, Gfns, PageArray, PageBytes, page_buffer
 
@@ -56,14 +56,20 @@ class Scanner:
 
         :raises NoSuchDomainError: the domain is gone.
         """
-        firsts, counts = populated[:, 0], populated[:, 1]
-        gfns = np.arange(int(counts.sum()), dtype=np.int64)
-        gfns += np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+        gfns = _gfns(populated)
         backed = np.empty(len(gfns), dtype=np.bool_)
-        for first in range(0, len(gfns), _BACKED_STRIDE):
-            stride = slice(first, first + _BACKED_STRIDE)
-            backed[stride] = self._hypervisor.backed(PageArray.of_domain(domid, gfns[stride]))
+        for stride, pages in _strides(domid, gfns):
+            backed[stride] = self._hypervisor.backed(pages)
         return gfns if backed.all() else gfns[backed]
+
+    def backed_frames(self, domid: DomId, populated: NDArray[np.int64]) -> tuple[Gfns, NDArray[np.int64]]:
+        """As ``backed_gfns``, and what ``Hypervisor.frames_of`` says of each, in one look at the domain."""
+        gfns = _gfns(populated)
+        frames = np.empty(len(gfns), dtype=np.int64)
+        for stride, pages in _strides(domid, gfns):
+            frames[stride] = self._hypervisor.frames_of(pages)
+        backed = frames != NOT_BACKED
+        return gfns[backed], frames[backed]
 
     def scan(self, domid: DomId, gfns: Gfns, advance: Callable[[int], None]) -> Scan:
         """Look at the pages ``gfns`` (ascending) of one domain.
@@ -128,3 +134,16 @@ class Scanner:
             raise error_of("read_pages", Status.ESRCH, domid=domid)
         readable[:] = statuses == Status.OK
         fingerprints[:] = self._fingerprint_pages(self._buffer[: len(gfns)])
+
+
+def _gfns(populated: NDArray[np.int64]) -> Gfns:
+    firsts, counts = populated[:, 0], populated[:, 1]
+    gfns = np.arange(int(counts.sum()), dtype=np.int64)
+    gfns += np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+    return gfns
+
+
+def _strides(domid: DomId, gfns: Gfns) -> Iterator[tuple[slice, PageArray]]:
+    for first in range(0, len(gfns), _BACKED_STRIDE):
+        stride = slice(first, first + _BACKED_STRIDE)
+        yield stride, PageArray.of_domain(domid, gfns[stride])

@@ -257,8 +257,6 @@ class _GroupSession:
         self._contents: Classes = np.empty(0, np.int64)
         self._frames: Handles = np.empty(0, np.uint64)
         self._zero_content: int | None = None
-        self._has_frames = False
-        """some pages are shared already, and the mechanism tells which frames they are on"""
 
     def run(self) -> _Tally:
         """Scan, share and count. If the host runs out of memory, ``stopped`` says so and the rest is counted."""
@@ -287,46 +285,58 @@ class _GroupSession:
     def _survey(self) -> dict[DomId, NDArray[np.int64]]:
         # The populated ranges of every domain that is there.
         populated = {}
-        shr_pages = 0
+        names = self._hypervisor.names()
         for domid, books in self.books.items():
+            books.name = names.get(domid, "")
             try:
-                info = self._hypervisor.domain_info(domid)
-                books.name = info.name
-                shr_pages += info.shr_pages
                 populated[domid] = self._hypervisor.populated_ranges(domid)
                 books.total_pages = int(populated[domid][:, 1].sum())
             except DomainError:
                 books.gone = True
-        if not shr_pages:
-            self._oldest_fresh = 0
-        self._has_frames = shr_pages > 0 and Capability.FRAMES in self._hypervisor.capabilities
         return populated
+
+    def _shares_already(self) -> bool:
+        # Whether any page of the group is nominated or shared before we begin. Frames say it at no cost.
+        if self._scanned.frames is not None:
+            return True
+        for domid, books in self.books.items():
+            with suppress(DomainError):
+                if not books.gone and self._hypervisor.domain_info(domid).shr_pages:
+                    return True
+        return False
 
     def _scan(self, populated: dict[DomId, NDArray[np.int64]]) -> None:
         # Every backed page of the group, by domain and gfn.
         scanner = self._scanner
+        tells_frames = Capability.FRAMES in self._hypervisor.capabilities
         advance = self._advancing("scan", sum(books.total_pages for books in self.books.values()))
         found = []
         for domid in sorted(populated):
             books = self.books[domid]
             try:
-                gfns = scanner.backed_gfns(domid, populated[domid])
+                frames = None
+                if tells_frames:
+                    gfns, frames = scanner.backed_frames(domid, populated[domid])
+                else:
+                    gfns = scanner.backed_gfns(domid, populated[domid])
                 books.absent_pages = books.total_pages - len(gfns)
                 advance(books.absent_pages)
-                frames = None
-                if self._has_frames:
-                    frames = self._hypervisor.frames_of(PageArray.of_domain(domid, gfns))
-                    scan = scanner.scan_sharing(domid, gfns, frames, advance)
-                else:
+                if frames is None:
                     scan = scanner.scan(domid, gfns, advance)
+                else:
+                    scan = scanner.scan_sharing(domid, gfns, frames, advance)
             except DomainError:
                 books.gone = True
                 continue
             books.dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
             found.append(_scanned(domid, scan, frames))
         self._scanned = _joined(found)
+        if self._scanned.frames is not None and (self._scanned.frames < 0).all():
+            self._scanned.frames = None
         self._scanned_s = self._clock()
-        if self._oldest_fresh is None:
+        if not self._shares_already():
+            self._oldest_fresh = 0
+        else:
             self._probes = self._scanned.pages[~repeated(self._scanned.fingerprints)][:_PROBES]
 
     def _probe(self) -> None:
@@ -870,6 +880,7 @@ def _report(
         )
         for domain in books
     )
+    audit = hypervisor.audit()
     return SharingReport(
         total_pages=sum(domain.total_pages for domain in domains),
         absent_pages=sum(domain.absent_pages for domain in domains),
@@ -879,8 +890,8 @@ def _report(
         intra_pages=sum(domain.intra_pages for domain in domains),
         inter_pages=sum(tally.inter_pages for tally in tallies),
         saved_pages=sum(tally.saved_pages for tally in tallies),
-        counters=hypervisor.counters(),
-        audit_findings=hypervisor.audit().findings,
+        counters=audit.counters,
+        audit_findings=audit.findings,
         domains=domains,
         pairs=tuple(pair for tally in tallies for pair in tally.pairs),
         dropped=_in_order(dropped),

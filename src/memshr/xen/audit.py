@@ -90,7 +90,7 @@ class Auditor:
                 )
             )
         findings += self._count()
-        return AuditReport(tuple(findings), xen_errors)
+        return AuditReport(tuple(findings), xen_errors, self._hypervisor.counters())
 
     def _xen_audit(self) -> tuple[int, list[str]]:
         console = Console(self._connection)

@@ -121,6 +121,10 @@ class XenHypervisor:
         self._names.forget_all_but(info.domid for info in infos)
         return infos
 
+    def names(self) -> dict[DomId, str]:
+        """See the seam."""
+        return {info.domid: info.name for info in self.domains()}
+
     def _list_domains(self) -> list[DomainInfo]:
         infos: list[DomainInfo] = []
         first = 0
