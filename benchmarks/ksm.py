@@ -292,7 +292,7 @@ def share_all(guests: Sequence[LinuxGuest]) -> None:
     with QemuHypervisor(processes, groups={"all": range(1, len(processes) + 1)}) as hypervisor:
         groups = trust_groups(hypervisor.names(), ["all"], lambda: secrets.randbits(SEED_BITS))
         report = share(hypervisor, groups, wait=time.sleep)
-        hypervisor.fold_back()
+        hypervisor.fold_back(seen=report.counters)
     if report.audit_findings:
         raise GuestFailedError(f"audit: {report.audit_findings[0]}")
 

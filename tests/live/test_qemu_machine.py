@@ -133,9 +133,9 @@ class TwoGuests(RuleBasedStateMachine):
         assert not self.host.hypervisor.release_zero_pages(array, np.array([handle], np.uint64)).any()
         self._leaves(page)
 
-    @rule()
-    def fold_back(self) -> None:
-        self.host.hypervisor.fold_back()
+    @rule(seen=st.booleans())
+    def fold_back(self, seen: bool) -> None:
+        self.host.hypervisor.fold_back(seen=self.host.hypervisor.counters() if seen else None)
 
     @rule(domid=st.sampled_from([DomId(1), DomId(2)]))
     def unshare_guest(self, domid: DomId) -> None:

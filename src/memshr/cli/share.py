@@ -95,7 +95,7 @@ def _share_guests(
         open_guests(willing, groups=partial(group_members, groups), reserve_bytes=reserve_bytes) as hypervisor,
     ):
         report = run_session(hypervisor, groups, options)
-        hypervisor.fold_back()
+        hypervisor.fold_back(seen=report.counters)
         figures = [hypervisor.guest_figures(domid) for domid in hypervisor.names()]
     gained_bytes = host_available_bytes() - before_bytes
     if as_json:

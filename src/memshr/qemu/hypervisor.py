@@ -698,17 +698,22 @@ class QemuHypervisor:
 
     # -- whole guests ----------------------------------------------------------------------------------------------
 
-    def fold_back(self, domid: DomId | None = None) -> int:
+    def fold_back(self, *, seen: Counters | None = None) -> int:
         """Move pages that guests have copied back into anonymous memory, and give unread frames back to the host.
 
-        :param domid: one guest, or all that sharing is enabled on.
+        :param seen: what ``counters`` or ``audit`` said a moment ago: nobody is looked at again if by these every page
+            that has a frame mapped is on it, and every frame has a reader. What was copied since then is left.
         :returns: how many frames were given back.
         """
+        (mapped,) = np.nonzero(self._books.frame != NOWHERE)
+        if seen is not None and seen.freed_pages + seen.used_frames == len(mapped):
+            backed = sum(books.pool.backed_bytes for books in self._books.pools)
+            if backed == seen.used_frames * PAGE_SIZE:
+                return 0
         given_back = 0
         ids, frames = self._books.readers()
-        (mapped,) = np.nonzero(self._books.frame != NOWHERE)
         for guest, _ in self._books.by_guest(np.setdiff1d(mapped, ids, assume_unique=True)):
-            if guest.dead or domid not in (None, guest.domid):
+            if guest.dead:
                 continue
             self._settle_books(guest)
             base = self._books.base[guest.domid - 1]
@@ -716,7 +721,7 @@ class QemuHypervisor:
             copied = copied[~self._books.on_frame(copied)]
             with self._books.lock:
                 copied = copied[self._books.phase[copied] == PLAIN]
-            if len(copied) and (domid is not None or self._enabled[guest.domid - 1]):
+            if len(copied) and self._enabled[guest.domid - 1]:
                 given_back += self._make_private(copied)
         return given_back + self._punch_all_but(frames)
 
