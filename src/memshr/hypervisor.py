@@ -269,6 +269,12 @@ class Hypervisor(Protocol):
         :returns: statuses, shape ``(n,)``.
         """
 
+    def debug_gfns(self, pages: PageArray) -> NDArray[np.int64]:
+        """debug_gfn for every page of ``pages``; 0 where that would be an error.
+
+        :returns: how many gfns are on the frame of each, shape ``(n,)``.
+        """
+
     def unshare_gfns(self, pages: PageArray) -> Statuses:
         """unshare_gfn for every page of ``pages``, in order; it is also how a nomination is taken back.
 

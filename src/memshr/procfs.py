@@ -225,6 +225,14 @@ def process_mappings(pid: int, *, of: str = "", last: Mappings | None = None) ->
     return last if last is not None and last.maps == maps else Mappings(maps)
 
 
+def count_mappings(pid: int) -> int:
+    """How many mappings a process has now; a third of the cost of looking at them.
+
+    :raises OSError: it has ended, or we may not look.
+    """
+    return Path(f"/proc/{pid}/maps").read_bytes().count(b"\n")
+
+
 def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     """The runs of True in ``mask`` (shape ``(n,)``): shape ``(runs, 2)``, each row its start and its end."""
     steps = np.diff(mask.astype(np.int8), prepend=0, append=0)

@@ -303,8 +303,11 @@ def many_pages_answer_as_one(host: GuestHost) -> None:
         _require(buffer[row].tobytes() == _page(20 + row), "read_pages: row i holds page i")
         _require(host.read(second, Gfn(int(clients.gfns[row]))) == _page(20 + row), "the guests read what they wrote")
     _require(hypervisor.audit().clean, "audit finds nothing after share_gfns_many")
+    _require(hypervisor.debug_gfns(sources).tolist() == [2, 1, 2, 2, 0, 0], "debug_gfns counts the gfns of each frame")
+    _require(hypervisor.debug_gfns(clients).tolist() == [2, 1, 2, 2, 2, 1], "debug_gfns: the same through any of them")
     statuses = hypervisor.unshare_gfns(sources)
     _require(statuses.tolist() == [0, 0, 0, 0, Status.EINVAL, Status.ESRCH], "unshare_gfns: the status of each page")
+    _require(not hypervisor.debug_gfns(sources).any(), "debug_gfns: 0 for pages that are not shared")
     hypervisor.unshare_gfns(clients)
     _require(hypervisor.counters() == before, "unshare_gfns restores the counters")
 

@@ -28,14 +28,26 @@ def sources(guest_pair: Pair) -> list[str]:
 def start(*arguments: str) -> "subprocess.Popen[str]":
     """Begin a command."""
     return subprocess.Popen(
-        [sys.executable, "-m", "memshr", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-X", "faulthandler", "-m", "memshr", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def finish(command: "subprocess.Popen[str]") -> tuple[str, str]:
+    """What a command printed; one that does not end is made to say where it is."""
+    try:
+        return command.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        command.send_signal(signal.SIGABRT)
+        pytest.fail(f"{command.args!r} does not end: {command.communicate()[1]}")
 
 
 def memshr(*arguments: str) -> Any:
     """What a command prints with --json; it must succeed and say nothing else."""
     with start(*arguments, "--json") as command:
-        out, err = command.communicate(timeout=120)
+        out, err = finish(command)
     assert (command.returncode, err) == (0, "")
     return json.loads(out)
 
@@ -91,7 +103,7 @@ def test_ctrl_z_does_not_stop_what_guests_wait_for(sources: list[str]) -> None:
             if ignores(command.pid, signal.SIGTSTP):
                 os.kill(command.pid, signal.SIGTSTP)
             time.sleep(0.01)
-        out, err = command.communicate(timeout=60)
+        out, err = finish(command)
     assert (command.returncode, err) == (0, "")
     assert json.loads(out)["stopped"] is None
     memshr("detach", *sources)

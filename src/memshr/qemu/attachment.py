@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import BackendError, HostMemoryError, NoSuchDomainError, RefusedDomainError
-from memshr.procfs import Mapping, Mappings, process_mappings
+from memshr.procfs import Mapping, Mappings, count_mappings, process_mappings
 from memshr.qemu import agent, control_area, guests, pagemap, syscalls
 from memshr.qemu.agent import Injector, Session
 from memshr.qemu.control_area import ControlArea
@@ -325,7 +325,7 @@ class Attachment:
                 mappings = self.mappings()
                 self._flags = self._ram_flags(mappings)
                 self.register()
-                self._note_count(mappings)
+                self._note_count(len(mappings))
                 self._clear_side(mappings)
             except OSError as error:
                 raise self._failed(error) from error
@@ -349,10 +349,17 @@ class Attachment:
 
     def count_mappings(self) -> None:
         """See how many mappings QEMU may still get."""
-        self._note_count(self.mappings())
+        try:
+            mappings = count_mappings(self.process.pid)
+        except OSError as error:
+            raise self._failed(error) from error
+        if not mappings:
+            self.dead = True
+            raise self.gone()
+        self._note_count(mappings)
 
-    def _note_count(self, mappings: Mappings) -> None:
-        self._mappings_left = pagemap.map_count_limit() - MAP_RESERVE - len(mappings)
+    def _note_count(self, mappings: int) -> None:
+        self._mappings_left = pagemap.map_count_limit() - MAP_RESERVE - mappings
 
     @property
     def mappings_left(self) -> int:

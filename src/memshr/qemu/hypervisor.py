@@ -327,15 +327,29 @@ class QemuHypervisor:
 
     def debug_gfn(self, domid: DomId, gfn: Gfn) -> int:
         """As the seam says: looks at the pagemap of everybody who has the frame mapped."""
-        ids, statuses = self._books.ids(_one(domid, gfn))
+        _, statuses = self._books.ids(_one(domid, gfn))
         if statuses[0]:
             raise error_of("debug_gfn", int(statuses[0]), domid=domid, gfn=gfn)
-        if self._books.phase[ids[0]] == NOMINATED:
-            return 1
-        if not self._books.on_frame(ids)[0]:
+        count = int(self.debug_gfns(_one(domid, gfn))[0])
+        if not count:
             raise error_of("debug_gfn", Status.EINVAL, domid=domid, gfn=gfn)
-        sharers = np.flatnonzero(self._books.frame == self._books.frame[ids[0]])
-        return int(self._books.on_frame(sharers).sum())
+        return count
+
+    def debug_gfns(self, pages: PageArray) -> NDArray[np.int64]:
+        """As the seam says: looks at the pagemap of everybody who has one of the frames mapped."""
+        counts = np.zeros(len(pages), dtype=np.int64)
+        ids, statuses = self._books.ids(pages)
+        good = np.flatnonzero(statuses == Status.OK)
+        nominated = self._books.phase[ids[good]] == NOMINATED
+        counts[good[nominated]] = 1
+        shared = good[~nominated]
+        shared = shared[self._books.on_frame(ids[shared])]
+        frames = self._books.frame[ids[shared]]
+        holders = self._books.holders(frames)
+        read, readers = np.unique(self._books.frame[holders[self._books.on_frame(holders)]], return_counts=True)
+        still = np.isin(frames, read)
+        counts[shared[still]] = readers[np.searchsorted(read, frames[still])]
+        return counts
 
     # -- nominate --------------------------------------------------------------------------------------------------
 
@@ -544,7 +558,7 @@ class QemuHypervisor:
         if len(whole):
             old_frames = self._books.frame[clients[whole]]
             order = np.argsort(old_frames)
-            sharers = np.flatnonzero(np.isin(self._books.frame, old_frames))
+            sharers = self._books.holders(old_frames)
             sharers = sharers[self._books.on_frame(sharers)]
             targets = frames[whole][order[np.searchsorted(old_frames[order], self._books.frame[sharers])]]
             for flight in self._remapping.flights(sharers, targets):
@@ -598,7 +612,7 @@ class QemuHypervisor:
         """Give back the memory of those of these frames that nobody reads; returns how many."""
         if not len(frames):
             return 0
-        holders = np.flatnonzero(np.isin(self._books.frame, frames))
+        holders = self._books.holders(frames)
         read = np.unique(self._books.frame[holders[self._books.on_frame(holders)]])
         unread = frames[~np.isin(frames, read)]
         punched = 0

@@ -16,7 +16,7 @@ from memshr.types import DomId, Gfn, Gfns, PageArray, PageBytes, page_buffer
 
 FingerprintPages = Callable[[PageBytes], Fingerprints]
 
-_SCATTERED_RUN_PAGES = 64
+_SCATTERED_RUN_PAGES = 256
 """Runs that are shorter than this on average are read page by page in one call, not run by run in many."""
 _BACKED_STRIDE = 1 << 20
 

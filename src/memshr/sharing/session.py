@@ -22,12 +22,10 @@ none is found, the growth of used_frames tells how many of a batch were new.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,17 +33,17 @@ from numpy.typing import NDArray
 from memshr.errors import DomainError, MemshrError, NotSharableError, Status
 from memshr.hypervisor import Capability, Hypervisor, error_of
 from memshr.sharing.candidates import Classes, Rows, classify, repeated
+from memshr.sharing.figures import GroupFigures, sharing_report
 from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprinter, Fingerprints, universal_fingerprints
 from memshr.sharing.groups import Group
-from memshr.sharing.overlap import overlap, run_starts
-from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, PairReport, SharingReport
+from memshr.sharing.overlap import run_starts
+from memshr.sharing.plan import Places, who_goes_where
+from memshr.sharing.report import SharingReport
 from memshr.sharing.scan import FingerprintPages, Scan, Scanner
 from memshr.types import (
     HUGE_PAGE_PAGES,
     PAGE_SIZE,
     DomId,
-    DomIds,
-    Gfn,
     Handles,
     PageArray,
     PageBytes,
@@ -54,8 +52,6 @@ from memshr.types import (
 )
 
 Mask = NDArray[np.bool_]
-Places = NDArray[np.intp]
-"""Indices within one batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,45 +124,14 @@ def share(
     """
     options = options or SharingOptions()
     fingerprinting = fingerprinting or partial(Fingerprinter, threads=options.threads)
-    books: list[_DomainBooks] = []
-    tallies: list[_Tally] = []
+    figures: list[GroupFigures] = []
     stopped: str | None = None
     for group in groups:
         with fingerprinting(group.seed) as fingerprint_pages:
             session = _GroupSession(hypervisor, group, options, fingerprint_pages, wait, clock, progress, stopped)
-            tallies.append(session.run())
-        books.extend(session.books.values())
+            figures.append(session.run())
         stopped = session.stopped
-    return _report(hypervisor, books, tallies, stopped)
-
-
-@dataclass(slots=True)
-class _DomainBooks:
-    # One domain's figures while the session runs.
-    domid: DomId
-    group: str
-    name: str = ""
-    total_pages: int = 0
-    absent_pages: int = 0
-    zero_pages: int = 0
-    shared_pages: int = 0
-    intra_pages: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    gone: bool = False
-
-    def rest(self) -> int:
-        """The pages that are in no figure yet."""
-        return self.total_pages - self.absent_pages - self.zero_pages - self.shared_pages - self.dropped.total()
-
-
-@dataclass(slots=True)
-class _Tally:
-    # One group's figures that are of no single domain.
-    inter_pages: int = 0
-    saved_pages: int = 0
-    collisions: int = 0
-    kept: Counter[str] = field(default_factory=Counter)
-    pairs: list[PairReport] = field(default_factory=list)
+    return sharing_report(figures, hypervisor.audit(), stopped)
 
 
 @dataclass(slots=True)
@@ -242,8 +207,7 @@ class _GroupSession:
         self._clock = clock
         self._progress = progress
         self.stopped = stopped
-        self.books = {domid: _DomainBooks(domid, group.name) for domid in group.domids}
-        self._tally = _Tally()
+        self._figures = GroupFigures(group)
         self._batch_pages = -(-options.batch_pages // options.max_sharers) * options.max_sharers
         self._scanner = Scanner(hypervisor, fingerprint_pages, options.scan_pages)
         self._scanned_s = 0.0
@@ -258,7 +222,7 @@ class _GroupSession:
         self._frames: Handles = np.empty(0, np.uint64)
         self._zero_content: int | None = None
 
-    def run(self) -> _Tally:
+    def run(self) -> GroupFigures:
         """Scan, share and count. If the host runs out of memory, ``stopped`` says so and the rest is counted."""
         populated = self._survey()
         if self.stopped is None:
@@ -271,14 +235,8 @@ class _GroupSession:
             self._keep_single_zero()
             self._share()
             self._count_candidates()
-        for books in self.books.values():
-            if books.gone:
-                books.absent_pages = books.zero_pages = 0
-                books.dropped = Counter(domain_gone=books.total_pages)
-            elif not reached:
-                books.dropped["no_memory"] += books.rest()
-        self._tally.saved_pages += sum(books.zero_pages for books in self.books.values())
-        return self._tally
+        self._figures.close(reached=reached)
+        return self._figures
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -286,22 +244,22 @@ class _GroupSession:
         # The populated ranges of every domain that is there.
         populated = {}
         names = self._hypervisor.names()
-        for domid, books in self.books.items():
-            books.name = names.get(domid, "")
+        for domid, figures in self._figures.domains.items():
+            figures.name = names.get(domid, "")
             try:
                 populated[domid] = self._hypervisor.populated_ranges(domid)
-                books.total_pages = int(populated[domid][:, 1].sum())
+                figures.total_pages = int(populated[domid][:, 1].sum())
             except DomainError:
-                books.gone = True
+                figures.gone = True
         return populated
 
     def _shares_already(self) -> bool:
         # Whether any page of the group is nominated or shared before we begin. Frames say it at no cost.
         if self._scanned.frames is not None:
             return True
-        for domid, books in self.books.items():
+        for domid, figures in self._figures.domains.items():
             with suppress(DomainError):
-                if not books.gone and self._hypervisor.domain_info(domid).shr_pages:
+                if not figures.gone and self._hypervisor.domain_info(domid).shr_pages:
                     return True
         return False
 
@@ -309,26 +267,26 @@ class _GroupSession:
         # Every backed page of the group, by domain and gfn.
         scanner = self._scanner
         tells_frames = Capability.FRAMES in self._hypervisor.capabilities
-        advance = self._advancing("scan", sum(books.total_pages for books in self.books.values()))
+        advance = self._advancing("scan", sum(figures.total_pages for figures in self._figures.domains.values()))
         found = []
         for domid in sorted(populated):
-            books = self.books[domid]
+            figures = self._figures.domains[domid]
             try:
                 frames = None
                 if tells_frames:
                     gfns, frames = scanner.backed_frames(domid, populated[domid])
                 else:
                     gfns = scanner.backed_gfns(domid, populated[domid])
-                books.absent_pages = books.total_pages - len(gfns)
-                advance(books.absent_pages)
+                figures.absent_pages = figures.total_pages - len(gfns)
+                advance(figures.absent_pages)
                 if frames is None:
                     scan = scanner.scan(domid, gfns, advance)
                 else:
                     scan = scanner.scan_sharing(domid, gfns, frames, advance)
             except DomainError:
-                books.gone = True
+                figures.gone = True
                 continue
-            books.dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
+            figures.dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
             found.append(_scanned(domid, scan, frames))
         self._scanned = _joined(found)
         if self._scanned.frames is not None and (self._scanned.frames < 0).all():
@@ -368,7 +326,7 @@ class _GroupSession:
         huge_pages = pages.gfns // HUGE_PAGE_PAGES << _DOMID_BITS | pages.domids
         _, which, counts = np.unique(huge_pages, return_inverse=True, return_counts=True)
         spared = counts[which] < self._options.huge_page_pages
-        self._drop("huge_page", pages[spared])
+        self._figures.drop("huge_page", pages[spared])
         keep = np.ones(len(scanned), np.bool_)
         keep[rows[spared]] = False
         self._scanned = scanned[keep]
@@ -419,16 +377,9 @@ class _GroupSession:
         steady = self._fingerprint_pages(words.view(np.uint8)) == scanned
         if steady.all():
             return nominated, words
-        self._drop("volatile", nominated.pages[~steady])
+        self._figures.drop("volatile", nominated.pages[~steady])
         self._unshare(nominated.pages[nominated.fresh & ~steady])
         return nominated[steady], words[steady]
-
-    def _drop(self, reason: str, pages: PageArray) -> None:
-        domids, counts = np.unique(pages.domids, return_counts=True)
-        for domid, count in zip(domids.tolist(), counts.tolist(), strict=True):
-            self.books[domid].dropped[reason] += count
-            if reason == "domain_gone":
-                self.books[domid].gone = True
 
     def _drop_by_status(self, pages: PageArray, statuses: Statuses, reasons: Mapping[Status, str]) -> None:
         failed = statuses != Status.OK
@@ -436,7 +387,7 @@ class _GroupSession:
             return
         for status in np.unique(statuses[failed]).tolist():
             affected = pages[statuses == status]
-            self._drop(reasons.get(status, "refused"), affected)
+            self._figures.drop(reasons.get(status, "refused"), affected)
             if status == Status.ENOMEM:
                 domid, gfn = int(affected.domids[0]), int(affected.gfns[0])
                 self.stopped = str(error_of("sharing", status, domid=domid, gfn=gfn))
@@ -464,9 +415,7 @@ class _GroupSession:
         # Where zero pages share a frame: without a partner it is no candidate, but a zero page that keeps its frame.
         zero = self._scanned.fingerprints == ZERO_PAGE_FINGERPRINT
         if np.count_nonzero(zero) == 1:
-            self.books[DomId(int(self._scanned.pages[zero].domids[0]))].zero_pages += 1
-            self._tally.kept["zero_frames"] += 1
-            self._tally.saved_pages -= 1
+            self._figures.keep_zero_frame(DomId(int(self._scanned.pages[zero].domids[0])))
 
     def _release_zeros(self, pages: PageArray) -> None:
         advance = self._advancing("zero pages", len(pages))
@@ -490,9 +439,7 @@ class _GroupSession:
         released = statuses == Status.OK
         self._drop_by_status(nominated.pages, statuses, _REASONS)
         self._unshare(nominated.pages[nominated.fresh & ~released])
-        domids, counts = np.unique(nominated.pages.domids[released], return_counts=True)
-        for domid, count in zip(domids.tolist(), counts.tolist(), strict=True):
-            self.books[domid].zero_pages += count
+        self._figures.release(nominated.pages[released])
 
     # -- pages with contents -----------------------------------------------------------------------------------------
 
@@ -538,7 +485,7 @@ class _GroupSession:
                     return
             rows = np.concatenate(deferred_rows)
             again = classify(np.concatenate(deferred_fingerprints))
-            self._tally.collisions += len(rows)
+            self._figures.collisions += len(rows)
             self._contents[rows] = _OUT
             rows, classes = rows[again.rows], again.classes + next_class
             next_class += int(again.classes[-1]) + 1 if len(again) else 0
@@ -579,11 +526,11 @@ class _GroupSession:
         self._contents[rows] = _OUT
         good = statuses == Status.OK
         steady = self._fingerprint_pages(self._buffer[: len(rows)]) == scanned
-        self._drop("volatile", self._pages[rows[good & ~steady]])
+        self._figures.drop("volatile", self._pages[rows[good & ~steady]])
         second = universal_fingerprints(self._buffer[: len(rows)], self._group.seed + 1)
         (readable,) = np.nonzero(good & steady)
         first = np.maximum.accumulate(np.where(run_starts(classes), np.arange(len(classes)), 0))
-        self._tally.collisions += int(np.count_nonzero((second != second[first])[readable]))
+        self._figures.collisions += int(np.count_nonzero((second != second[first])[readable]))
         order = readable[np.lexsort((second[readable], classes[readable]))]
         new = run_starts(classes[order]) | run_starts(second[order])
         alike = np.cumsum(new) - 1
@@ -630,7 +577,10 @@ class _GroupSession:
         # what was compared; those that share with nobody have been taken back.
         pages, frames = batch.pages, batch.handles.copy()
         kept = np.ones(len(frames), np.bool_)
-        leaders = self._plan(batch, classes)
+        leaders = who_goes_where(
+            *(frames, batch.fresh, pages.domids, classes, self._options.max_sharers),
+            lambda places: self._hypervisor.debug_gfns(pages[places]),
+        )
         clients = np.flatnonzero(leaders != np.arange(len(leaders)))
         while len(clients):
             sources = leaders[clients]
@@ -659,7 +609,7 @@ class _GroupSession:
         # is left, the first client. Cost: a pass over the batch for each written leader.
         lost = np.unique(leaders[clients])
         kept[lost] = False
-        self._drop("written", pages[lost])
+        self._figures.drop("written", pages[lost])
         for leader in lost.tolist():
             waiting = clients[leaders[clients] == leader]
             fellows = np.flatnonzero(kept & (frames == frames[leader]))
@@ -673,118 +623,25 @@ class _GroupSession:
             try:
                 self._hypervisor.domain_info(domid)
             except DomainError:
-                self.books[domid].gone = True
+                self._figures.domains[domid].gone = True
                 gone.append(domid)
         return gone
 
-    # -- who goes onto whose frame -----------------------------------------------------------------------------------
-
-    def _plan(self, batch: _Nominated, classes: Classes) -> Places:
-        # For each page the page onto whose frame it goes, or itself if it stays where it is.
-        places = np.arange(len(classes))
-        limit = self._options.max_sharers
-        if batch.fresh.all():
-            first = np.maximum.accumulate(np.where(run_starts(classes), places, 0))
-            return places - (places - first) % limit
-        # Frames of earlier sessions are among them: plan with frames. ``first`` is a page of each.
-        _, first, frame_of, size = np.unique(batch.handles, return_index=True, return_inverse=True, return_counts=True)
-        domids = batch.pages.domids
-        strangers = domids != domids[first[frame_of]]
-        several = np.bincount(frame_of[strangers], minlength=len(first)) > 0
-        fresh = batch.fresh[first]
-        class_ = classes[first] - classes[0]
-        usable = fresh | (size < limit)
-        usable &= np.bincount(class_[usable], minlength=int(class_.max()) + 1)[class_] > 1
-        for frame in np.flatnonzero(usable & ~fresh).tolist():
-            usable[frame] = self._sharers(batch.pages, int(first[frame])) == size[frame]
-        # Old frames first, into bins of ``limit`` gfns: the first of a bin leads, the others join it. Frames of several
-        # domains cannot be clients, so they lead or stay; of the others the larger comes before the smaller.
-        old = np.flatnonzero(usable & ~fresh)
-        old = old[np.lexsort((first[old], -size[old], ~several[old], class_[old]))]
-        end = np.cumsum(size[old])
-        starts = run_starts(class_[old])
-        end -= np.maximum.accumulate(np.where(starts, end - size[old], 0))
-        bin_ = (end - size[old]) // limit
-        leads = starts | run_starts(bin_)
-        leader = np.maximum.accumulate(np.where(leads, np.arange(len(old)), 0))
-        joins = ~leads & ~several[old] & (end <= (bin_ + 1) * limit)
-        places[first[old[joins]]] = first[old[leader[joins]]]
-        # Then the fresh pages: first into the room that is left on old frames, then onto frames of their own.
-        room = limit - size[old] - np.bincount(leader[joins], size[old[joins]], minlength=len(old)).astype(np.int64)
-        room[joins] = 0
-        new = np.flatnonzero(usable & fresh)
-        new = new[np.lexsort((first[new], class_[new]))]
-        rank = np.arange(len(new))
-        rank -= np.maximum.accumulate(np.where(run_starts(class_[new]), rank, 0))
-        rooms = np.cumsum(np.bincount(class_[old], room, minlength=int(class_.max()) + 1)).astype(np.int64)
-        room_before = np.concatenate([[0], rooms])[class_[new]]
-        surplus = rank - (rooms[class_[new]] - room_before)
-        inside = surplus < 0
-        seat = np.searchsorted(np.cumsum(room), (room_before + rank)[inside], side="right")
-        places[first[new[inside]]] = first[old[seat]]
-        (own,) = np.nonzero(~inside)
-        places[first[new[own]]] = first[new[own - surplus[own] % limit]]
-        return places
-
-    def _sharers(self, pages: PageArray, place: int) -> int:
-        try:
-            return self._hypervisor.debug_gfn(DomId(int(pages.domids[place])), Gfn(int(pages.gfns[place])))
-        except MemshrError:  # written or gone since it was nominated: it leads nobody
-            return 0
-
-    # -- the figures -------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def _count_candidates(self) -> None:
-        gone = [domid for domid, books in self.books.items() if books.gone]
+        gone = [domid for domid, figures in self._figures.domains.items() if figures.gone]
         if gone:
             self._contents[np.isin(self._pages.domids, gone)] = _OUT
-        self._drop("no_memory", self._pages[self._contents == _NOT_REACHED])
+        self._figures.drop("no_memory", self._pages[self._contents == _NOT_REACHED])
         kept = self._contents >= 0
-        contents, frames = self._contents[kept], self._frames[kept]
-        if not len(contents):
-            self._tally.pairs = self._pairs(self._pages.domids[:0], contents, contents)
-            return
-        # One row for each content of each domain; contents are numbered anew, without gaps.
-        keys, copies = np.unique(contents << _DOMID_BITS | self._pages.domids[kept], return_counts=True)
-        domids = (keys & ((1 << _DOMID_BITS) - 1)).astype(np.uint16)
-        keys >>= _DOMID_BITS
-        content = np.cumsum(run_starts(keys)) - 1
-        total_copies = np.bincount(content, copies).astype(np.int64)
-        _, one_of_frame = np.unique(frames, return_index=True)
-        frame_contents = np.sort(contents[one_of_frame])
-        total_frames = np.bincount(np.cumsum(run_starts(frame_contents)) - 1)
-        zero = np.zeros(len(total_copies), np.bool_)
-        zero[0] = self._zero_content == keys[0]
-
-        shared = (total_copies > 1) & ~zero
-        for domid, books in self.books.items():
-            ours = domids == domid
-            ours_shared = ours & shared[content]
-            books.zero_pages += int(copies[ours & zero[content]].sum())
-            books.shared_pages = int(copies[ours_shared].sum())
-            books.intra_pages = books.shared_pages - int(np.count_nonzero(ours_shared))
-        self._tally.inter_pages = int(np.count_nonzero(shared[content]) - np.count_nonzero(shared))
-        self._tally.saved_pages += int(total_copies[~zero].sum() - total_frames.sum())
-        needed = np.minimum(-(-total_copies // self._options.max_sharers), total_frames)
-        self._tally.kept["zero_frames"] += int(total_frames[zero].sum())
-        self._tally.kept["max_sharers"] += int((needed - 1)[~zero].sum())
-        self._tally.kept["separate_frames"] += int((total_frames - needed)[~zero].sum())
-        relevant = shared[content]
-        self._tally.pairs = self._pairs(domids[relevant], content[relevant], copies[relevant])
-
-    def _pairs(self, domids: DomIds, contents: Classes, copies: NDArray[np.int64]) -> list[PairReport]:
-        ordered = sorted(self._group.domids)
-        common, held = overlap(contents, np.searchsorted(ordered, domids), copies, len(ordered))
-        return [
-            PairReport(
-                (ordered[a], ordered[b]),
-                (self.books[ordered[a]].name, self.books[ordered[b]].name),
-                self._group.name,
-                int(common[a, b]),
-                int(held[a, b] + held[b, a]),
-            )
-            for a, b in combinations(range(len(ordered)), 2)
-        ]
+        self._figures.count_sharing(
+            self._pages.domids[kept],
+            self._contents[kept],
+            self._frames[kept],
+            zero_content=self._zero_content,
+            max_sharers=self._options.max_sharers,
+        )
 
 
 _DOMID_BITS = 16
@@ -857,48 +714,3 @@ def _replaced(values: Handles, old: Handles, new: Handles) -> Handles:
     found = np.minimum(np.searchsorted(old, values, sorter=order), len(old) - 1)
     replacements: Handles = np.where(old[order[found]] == values, new[order[found]], values)
     return replacements
-
-
-def _report(
-    hypervisor: Hypervisor, books: Sequence[_DomainBooks], tallies: Sequence[_Tally], stopped: str | None
-) -> SharingReport:
-    dropped: Counter[str] = Counter()
-    for counted in [*(domain.dropped for domain in books), *(tally.kept for tally in tallies)]:
-        dropped.update(counted)
-    domains = tuple(
-        DomainReport(
-            domain.domid,
-            domain.name,
-            domain.group,
-            domain.total_pages,
-            domain.absent_pages,
-            domain.zero_pages,
-            domain.rest(),
-            domain.shared_pages,
-            domain.intra_pages,
-            _in_order(domain.dropped),
-        )
-        for domain in books
-    )
-    audit = hypervisor.audit()
-    return SharingReport(
-        total_pages=sum(domain.total_pages for domain in domains),
-        absent_pages=sum(domain.absent_pages for domain in domains),
-        zero_pages=sum(domain.zero_pages for domain in domains),
-        unique_pages=sum(domain.unique_pages for domain in domains),
-        shared_pages=sum(domain.shared_pages for domain in domains),
-        intra_pages=sum(domain.intra_pages for domain in domains),
-        inter_pages=sum(tally.inter_pages for tally in tallies),
-        saved_pages=sum(tally.saved_pages for tally in tallies),
-        counters=audit.counters,
-        audit_findings=audit.findings,
-        domains=domains,
-        pairs=tuple(pair for tally in tallies for pair in tally.pairs),
-        dropped=_in_order(dropped),
-        collisions=sum(tally.collisions for tally in tallies),
-        stopped=stopped,
-    )
-
-
-def _in_order(dropped: Counter[str]) -> dict[str, int]:
-    return {reason: dropped[reason] for reason in (*REASONS_TO_DROP, *REASONS_TO_KEEP) if dropped[reason]}
