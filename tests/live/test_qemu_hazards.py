@@ -26,7 +26,7 @@ from memshr.errors import (
     Status,
 )
 from memshr.procfs import process_mappings
-from memshr.qemu import attachment, syscalls
+from memshr.qemu import attachment, books, syscalls
 from memshr.qemu.agent import Session, entries, is_in_session
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.pool import FramePool
@@ -203,6 +203,31 @@ def test_frames_are_given_back_when_nobody_reads_them(host: QtestHost) -> None:
     assert [pool_mappings(guest) for guest in host.guests] == [0, 0]
     for guest in host.guests:
         assert guest.read(FIRST_GFN * PAGE_SIZE, 64 * PAGE_SIZE) == b"".join(page(seed) for seed in range(100, 164))
+
+
+def test_holders_of_frames_are_found_however_often_they_change(
+    host: QtestHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index by frame is made anew now and then; between that it knows of every page that was remapped."""
+    monkeypatch.setattr(books, "_FEW_PAGES", 12)
+    both = PageArray(
+        np.repeat(np.array([FIRST, SECOND], np.uint16), 16), np.tile(np.arange(FIRST_GFN, FIRST_GFN + 16), 2)
+    )
+    rng = np.random.default_rng(3)
+    for _ in range(12):
+        for guest in host.guests:
+            for gfn in rng.choice(16, 6, replace=False).tolist():
+                guest.write((FIRST_GFN + gfn) * PAGE_SIZE, page(int(rng.integers(4))))
+        pairs = rng.permutation(32)
+        share(host, both[pairs[:16]], both[pairs[16:]])
+        host.hypervisor.unshare_gfns(both[rng.integers(32, size=3)])
+        frames = host.hypervisor.frames_of(both)
+        expected = np.where(frames < 0, 0, (frames[:, None] == frames[None, :]).sum(axis=1))
+        nominated = host.hypervisor.counters().used_frames - len(np.unique(frames[frames >= 0]))
+        found = host.hypervisor.debug_gfns(both)
+        assert (found[frames >= 0] == expected[frames >= 0]).all()
+        assert found[frames < 0].sum() == nominated
+        assert not host.hypervisor.audit().findings
 
 
 def test_a_frame_number_is_never_used_again(host: QtestHost) -> None:

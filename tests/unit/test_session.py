@@ -498,6 +498,25 @@ def test_new_copies_go_onto_the_frame_that_is_there() -> None:
     assert host.debug_gfn(late, Gfn(1)) == 5
 
 
+def test_a_domain_that_joins_costs_no_call_for_each_frame() -> None:
+    class CountingHost(EmbeddedHypervisor):
+        asked = 0
+
+        def debug_gfn(self, domid: DomId, gfn: Gfn) -> int:
+            self.asked += 1
+            return super().debug_gfn(domid, gfn)
+
+    host = CountingHost()
+    for name in ("A", "B"):
+        add_domain(host, name, [page(seed) for seed in range(1, 301)])
+    run(host)
+    add_domain(host, "C", [page(seed) for seed in range(1, 302)])
+    host.asked = 0
+    report = run(host, nothing_left_behind=False)
+    assert (report.shared_pages, report.counters.used_frames) == (900, 300)
+    assert host.asked <= 16, "one page that is not shared is looked for, and nothing else"
+
+
 def test_a_frame_of_several_domains_leads_and_takes_those_of_one() -> None:
     host = a_host([1, 1, 1], [1, 1], [1])
     run(host, [Group("a", (DomId(1),), 1), Group("bc", (DomId(2), DomId(3)), 2)])
