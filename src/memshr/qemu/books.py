@@ -56,6 +56,7 @@ POOL_SHIFT: Final = 32
 NOWHERE: Final = -1
 _FIRST_HANDLE: Final = 2
 _FEW_PAGES: Final = 1 << 16
+"""So many pages may always be remapped before the index by frame is made anew; more if it is large."""
 _SPARSE: Final = 16
 """Numbers of a range that is so many times as large as they are many are sooner sorted than counted."""
 PLAIN, NOMINATED, IN_FLIGHT = 0, 1, 2
@@ -137,8 +138,9 @@ class GuestBooks:
             self._weights += np.uint64(1)
             self._buffer = page_buffer(512)
             self._read_from: dict[DomId, Mappings] = {}
-            self._holders: tuple[NDArray[np.int64], Ids] | None = None
+            self._by_frame: tuple[NDArray[np.int64], Ids] | None = None
             self._remapped: list[Ids] = []
+            self._remapped_pages = 0
             for guest in self.guests:
                 self.rebuild(guest, guest.mappings())
         except BaseException:
@@ -163,30 +165,35 @@ class GuestBooks:
         frames, findings = self._mapped_frames(guest, mappings)
         if findings:
             raise InvariantError("; ".join(str(finding) for finding in findings))
-        self.remap(guest, np.arange(base, base + guest.pages), frames)
+        self.note_frames(guest, np.arange(base, base + guest.pages), frames)
         self.give_frame_handles(frames[guest.in_pool])  # older, and so smaller, than any that is yet to come
         self._read_from[guest.domid] = mappings
 
-    def remap(self, guest: Attachment, ids: Ids, frames: NDArray[np.int64]) -> None:
+    def note_frames(self, guest: Attachment, ids: Ids, frames: NDArray[np.int64]) -> None:
         """Note which frames are mapped at these pages of a guest now (NOWHERE: none)."""
         self.frame[ids] = frames
         guest.in_pool[self.local(guest, ids)] = frames != NOWHERE
-        self._remapped.append(ids)
+        if self._by_frame is not None:
+            self._remapped.append(ids)
+            self._remapped_pages += len(ids)
+            if self._remapped_pages > max(_FEW_PAGES, len(self._by_frame[1]) // 4):
+                self._by_frame = None
 
     def holders(self, frames: NDArray[np.int64]) -> Ids:
         """Every page, ascending, at which one of these frames is mapped, be it read there or not.
 
-        Looked up in an index by frame, to which the pages that were remapped since it was made are added one by one:
-        a search through all pages of all guests for each batch would cost the square of their number.
+        Looked up in an index by frame and among the pages that were remapped since that was made: a search through all
+        pages of all guests for each batch would cost the square of their number.
         """
         wanted = np.unique(frames)
         if not len(wanted):
             return wanted
-        if self._holders is None or sum(map(len, self._remapped)) > max(_FEW_PAGES, len(self._holders[1]) // 4):
+        if self._by_frame is None:
             (ids,) = np.nonzero(self.frame != NOWHERE)
             order = np.argsort(self.frame[ids], kind="stable")
-            self._holders, self._remapped = (self.frame[ids[order]], ids[order]), []
-        mapped, ids = self._holders
+            self._by_frame = self.frame[ids[order]], ids[order]
+            self._remapped, self._remapped_pages = [], 0
+        mapped, ids = self._by_frame
         first, end = (np.searchsorted(mapped, wanted, side) for side in ("left", "right"))
         counts = end - first
         rows = np.arange(int(counts.sum())) + np.repeat(first - (np.cumsum(counts) - counts), counts)

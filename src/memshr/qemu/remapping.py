@@ -159,7 +159,7 @@ class Remapping:
 
     def _landed(self, guest: Attachment, ids: Ids, frames: NDArray[np.int64]) -> None:
         # These pages of one guest are on these frames now (NOWHERE: on none), and their writers may go on.
-        self._books.remap(guest, ids, frames)
+        self._books.note_frames(guest, ids, frames)
         with self._books.lock:
             self._books.phase[ids] = PLAIN
             self._books.handle[ids] = 0
