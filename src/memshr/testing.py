@@ -113,6 +113,10 @@ def nominate_counts(host: GuestHost) -> None:
     hypervisor, page = host.hypervisor, (host.domids[0], host.gfns(host.domids[0])[0])
     host.write(*page, _page(2))
     info, counters = hypervisor.domain_info(page[0]), hypervisor.counters()
+    _require(hypervisor.names()[page[0]] == info.name, "names has the names of domain_info")
+    _require(
+        list(hypervisor.names()) == [each.domid for each in hypervisor.domains()], "names has all domains, in order"
+    )
     _nominate(host, page)
     nominated, after = hypervisor.domain_info(page[0]), hypervisor.counters()
     _require(nominated.tot_pages == info.tot_pages - 1, "a nominated page leaves tot_pages")
@@ -303,6 +307,7 @@ def many_pages_answer_as_one(host: GuestHost) -> None:
         _require(buffer[row].tobytes() == _page(20 + row), "read_pages: row i holds page i")
         _require(host.read(second, Gfn(int(clients.gfns[row]))) == _page(20 + row), "the guests read what they wrote")
     _require(hypervisor.audit().clean, "audit finds nothing after share_gfns_many")
+    _require(hypervisor.audit().counters == hypervisor.counters(), "an audit has the counters of the books it audited")
     _require(hypervisor.debug_gfns(sources).tolist() == [2, 1, 2, 2, 0, 0], "debug_gfns counts the gfns of each frame")
     _require(hypervisor.debug_gfns(clients).tolist() == [2, 1, 2, 2, 2, 1], "debug_gfns: the same through any of them")
     statuses = hypervisor.unshare_gfns(sources)

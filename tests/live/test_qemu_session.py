@@ -81,8 +81,9 @@ def test_a_run_over_unchanged_guests_attaches_to_none_of_them(guest_pair: Pair) 
     with QemuHypervisor(processes, groups=groups) as hypervisor:
         first = run(hypervisor, groups)
         hypervisor.fold_back(seen=first.counters)
-    while any(is_in_session(guest.pid) for guest in guest_pair):  # the agents still put away what they had
-        time.sleep(0.01)
+    guest_pair[0].wait(
+        lambda: not any(is_in_session(guest.pid) for guest in guest_pair), 10.0, "the agents put away what they had"
+    )
     with QemuHypervisor(processes, groups=groups) as hypervisor:
         again = run(hypervisor, groups)
         assert hypervisor.fold_back(seen=again.counters) == 0

@@ -117,7 +117,7 @@ def main() -> NoReturn:
         # Whoever read our output has seen enough; nothing may be written on the way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception as error:
+    except Exception as error:  # a defect of ours: whoever runs us gets a line to report, and no traceback
         if os.environ.get("MEMSHR_DEBUG"):
             raise
         text = " ".join(str(error).split())
