@@ -187,6 +187,18 @@ class Mappings(Sequence[Mapping]):
         wanted = np.frombuffer(b"rwp", dtype=np.uint8)
         return np.asarray((self.inode == 0) & (self.flags[:, [0, 1, 3]] == wanted).all(axis=1))
 
+    def of_file(self, file: tuple[int, int]) -> NDArray[np.bool_]:
+        """Which lines are of the file with this device and inode, shape ``(n,)``."""
+        device, inode = file
+        major, minor = os.major(device), os.minor(device)
+        return np.asarray((self.inode == inode) & (self._dev_major == major) & (self._dev_minor == minor))
+
+    def same_device(self, rows: NDArray[np.int64], row: int) -> NDArray[np.bool_]:
+        """Which of these lines are of files on the device of line ``row``, shape ``(len(rows),)``."""
+        return np.asarray(
+            (self._dev_major[rows] == self._dev_major[row]) & (self._dev_minor[rows] == self._dev_minor[row])
+        )
+
     def named(self, wanted: Callable[[str], bool]) -> NDArray[np.bool_]:
         """Which lines have a path that is ``wanted``, shape ``(n,)``; asked once for each different path."""
         return np.array([wanted(path) for path in self.paths], dtype=np.bool_)[self.name]

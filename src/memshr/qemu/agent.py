@@ -10,29 +10,31 @@ and memshr may die at any instant. So:
 * **A session** is a Unix socket whose one end the thread holds and whose other end we hold. One byte from us: run the
   table. One byte back: done. *The end of the stream: memshr is gone*, and the thread closes everything that it had for
   us and goes to sleep until the next socket is offered. So nothing of ours stays behind, and nothing has to be cleaned
-  up by whoever comes next.
+  up by whoever comes next. Descriptors go to the thread over this socket, not through QEMU's monitor.
 * **The thread holds the userfaultfd as well as we do.** If we alone held it, our death would lift the protection of
   pages while a posted table still remaps them, and a write that slipped in between would be lost. As it is, the table
   that is under way ends under full protection; then the thread sees the end of the stream and closes its copy, the
   last one, and every writer that waits goes on.
 * **A table stops at its first surprise.** Each call has the result that it must have (the address that a mapping must
   get, the bytes that must be copied); at any other the thread stores what it got and does nothing further.
+* **A page is compared with its frame by the thread**, under the protection of its own guest, right before the frame is
+  mapped over it (``IF_EQUAL``). Whatever another guest, or we, believed of the page before does not matter then.
 
-``control_area`` has the layout of the area and the thread's code. x86-64 only; its strong store order is what makes
-plain stores of table and state enough.
+Every wait here has a deadline. When one passes, the guest is given up: ``abandon`` lets its writers go on.
+
+``control_area`` has the layout of the area, ``agent.S`` the thread's code. x86-64 only; its strong store order is what
+makes plain stores of table and state enough.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
-import subprocess
-import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -42,30 +44,37 @@ from numpy.typing import NDArray
 from memshr.errors import BackendError, ConnectionLostError, InvariantError, RefusedDomainError
 from memshr.qemu import syscalls
 from memshr.qemu.control_area import (
-    BIRTH_AT,
     COUNT_AT,
+    DATA,
     DONE_AT,
     EXPECTED_SOCKET_AT,
     LOCAL_PIECES,
+    MESSAGE_AT,
     OFFER_AT,
+    PID_AT,
+    RECEIVED_AT,
     REMOTE_PIECES,
-    SLOTS,
-    SLOTS_AT,
+    SCRATCH_AT,
     STATE_AT,
     TABLE,
     TABLE_ENTRIES,
     ControlArea,
+    Original,
 )
+from memshr.qemu.injection import descriptor_number
 from memshr.qemu.monitor import Monitor
 
 IOVEC = np.dtype([("base", "<u8"), ("length", "<u8")])
 """struct iovec (``linux/uio.h``)"""
 
 ANSWER_DEADLINE_S: Final = 10.0
+"""How long a table may wait for the thread, and how long it may then take."""
 
 _IDLE, _POSTED, _UNDER_WAY, _DONE = 0, 1, 2, 4
 _ANSWERS: Final = 64
 """bytes that are read at once; one is an answer"""
+_MSG_CMSG_CLOEXEC: Final = 0x40000000
+_UFFD_LINK: Final = "anon_inode:[userfaultfd]"
 
 
 class AgentCallError(BackendError):
@@ -92,108 +101,23 @@ def is_in_session(pid: int) -> bool:
     return busy
 
 
-class Injector:
-    """The process that puts agents into QEMUs, and takes their mappings out (``injector``), seen from here.
-
-    It is started when it is first needed and serves many guests, because starting takes longer than all its work. It
-    ends when this is closed or when we die, but not before what it has under way is done.
-    """
-
-    def __init__(self) -> None:
-        self._wire: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def ask(self, action: str, pid: int, number: int, file: int) -> dict[str, object]:
-        """Have it do ``attach`` or ``detach``, as ``injector`` describes them; returns its answer.
-
-        :raises BackendError: it has failed.
-        """
-        wire = self._wire or self._start()
-        try:
-            socket.send_fds(wire, [f"{action} {pid} {number}".encode()], [file])
-            answer = wire.recv(1 << 16)
-        except OSError:
-            answer = b""
-        except BaseException:
-            self.close()  # its answer would be taken for that of the next request
-            raise
-        if not answer:
-            assert self._process is not None
-            said = self._process.communicate()[1].decode(errors="replace").strip()
-            self.close()
-            raise BackendError(f"the injector failed on process {pid}: {said}")
-        found: dict[str, object] = json.loads(answer)
-        return found
-
-    def _start(self) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "memshr.qemu.injector"],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        self._wire = ours
-        return ours
-
-    def close(self) -> None:
-        """End it."""
-        if self._wire is not None and self._process is not None:
-            self._wire.close()
-            self._process.communicate()
-        self._wire = self._process = None
-
-
-def install(pid: int, name: str, monitor: Monitor, injector: Injector) -> ControlArea:
-    """Put an agent into a QEMU that has none.
-
-    :raises RefusedDomainError: the guest's seccomp filter forbids what the agent does, or QEMU cannot be stopped.
-    """
-    control = ControlArea.create()
-    try:
-        number = monitor.add_descriptor(control.file)
-        try:
-            answer = injector.ask("attach", pid, number, control.file)
-        finally:
-            monitor.remove_descriptors()
-        if "refused" in answer:
-            raise RefusedDomainError(
-                f"guest {name} ({pid}) cannot be attached: {answer['refused']}",
-                reasons=[str(answer["refused"])],
-                remedy=str(answer["remedy"]),
-            )
-        control.code_address = int(str(answer["code_address"]))
-    except BaseException:
-        control.close()
-        raise
-    return control
-
-
-def uninstall(pid: int, control: ControlArea, injector: Injector) -> None:
-    """Unmap the control area of a QEMU whose agent thread has ended.
-
-    :raises RefusedDomainError: QEMU cannot be stopped for it; only the mapping stays, which does nothing.
-    """
-    answer = injector.ask("detach", pid, control.code_address, control.file)
-    if "refused" in answer:
-        raise RefusedDomainError(f"process {pid} keeps an unused mapping of memshr: {answer['refused']}")
-
-
 class Session:
     """A connection with the agent of one QEMU, from ``open`` until ``close`` or our death.
 
     ``uffd`` is our copy of the userfaultfd of QEMU's memory, which has shaken hands already; ``features`` are what the
-    kernel's userfaultfd can do.
+    kernel's userfaultfd can do. ``deadline_s`` bounds every wait for the agent.
     """
 
-    def __init__(self, control: ControlArea, wire: socket.socket, uffd: int, features: int) -> None:
+    def __init__(self, control: ControlArea, wire: socket.socket) -> None:
         self.control = control
-        self.uffd = uffd
-        self.features = features
+        self.uffd = -1
+        self.features = 0
+        self.deadline_s = ANSWER_DEADLINE_S
         self._wire = wire
         self._answer_is_due = False
+        self._due_s = 0.0
+        self._posted = 0
+        self._priority: tuple[int, int] | None = None
         words: NDArray[np.uint64] = np.frombuffer(control.memory, np.uint64, TABLE_ENTRIES * 8, TABLE)
         self._table = words.reshape(TABLE_ENTRIES, 8)
         self.local_pieces, self.remote_pieces = (
@@ -203,37 +127,44 @@ class Session:
 
     @classmethod
     def open(cls, pid: int, pidfd: int, name: str, control: ControlArea, monitor: Monitor) -> Self:
-        """Offer a socket to the sleeping agent and get the userfaultfd that it makes.
+        """Offer a socket to the sleeping agent, and have it make a userfaultfd. If it fails nothing of it stays.
 
+        :param control: owned by the session from now on, also if this fails.
         :raises RefusedDomainError: another memshr has a session, or QEMU may not make a userfaultfd.
         :raises ConnectionLostError: the agent does not answer.
         """
-        _wait_until_free(control, pid, name)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with contextlib.ExitStack() as undo:
-            undo.callback(ours.close)
-            try:
-                device: int | None = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                device = None
+        session = None
+        try:
+            _wait_until_free(control, pid, name)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             with theirs:
-                status = os.fstat(theirs.fileno())
-                number = monitor.add_descriptor(theirs.fileno())
-                if device is None:
-                    birth = [syscalls.NR_USERFAULTFD, os.O_CLOEXEC, 0]
-                else:
-                    try:
-                        birth = [syscalls.NR_IOCTL, monitor.add_descriptor(device), syscalls.USERFAULTFD_IOC_NEW]
-                    finally:
-                        os.close(device)
-                control.put(BIRTH_AT, "<8Q", *birth, os.O_CLOEXEC, 0, 0, 0, 0)
-                control.put(EXPECTED_SOCKET_AT, "<2Q", status.st_dev, status.st_ino)
-                control.put(STATE_AT, "<I", _IDLE)
-                control.put(OFFER_AT, "<i", number)
-                syscalls.futex_wake(control.word_address(OFFER_AT))
-            ours.settimeout(ANSWER_DEADLINE_S)
+                session = cls(control, ours)
+                session._offer(pid, pidfd, name, theirs, monitor)
+            session._make_userfaultfd(pidfd, name)
+            # While it is at work somebody may be waiting for it, and the guest's own processors are busy.
+            session._prefer(control.thread(pid))
+        except BaseException:
+            if session is None:
+                control.close()
+            else:
+                session.close()
+            raise
+        return session
+
+    def _offer(self, pid: int, pidfd: int, name: str, theirs: socket.socket, monitor: Monitor) -> None:
+        control = self.control
+        status = os.fstat(theirs.fileno())
+        monitor.hand_over(theirs.fileno())
+        try:
+            number = descriptor_number(pid, pidfd, theirs.fileno())
+            control.put(EXPECTED_SOCKET_AT, "<2Q", status.st_dev, status.st_ino)
+            control.put(PID_AT, "<i", pid_inside(pid))
+            control.put(STATE_AT, "<I", _IDLE)
+            control.put(OFFER_AT, "<i", number)
+            syscalls.futex_wake(control.word_address(OFFER_AT))
+            self._wire.settimeout(self.deadline_s)
             try:
-                hello = ours.recv(1)
+                hello = self._wire.recv(1)
             except TimeoutError:
                 hello = b""
             if not hello:
@@ -241,32 +172,73 @@ class Session:
                 raise ConnectionLostError(
                     f"the agent in guest {name} ({pid}) does not answer", remedy="is QEMU stopped or frozen?"
                 )
-            monitor.remove_descriptors()
-            # While it is at work somebody may be waiting for it, and the guest's own processors are busy.
-            syscalls.hurry(control.thread(pid))
-            (made,) = control.get(SLOTS_AT + 4, "<i")
-            if made < 0:
-                raise RefusedDomainError(
-                    f"guest {name} ({pid}) cannot have a userfaultfd: {os.strerror(-made)}",
-                    reasons=["QEMU may not make a userfaultfd"],
-                    remedy="run Linux 6.1 or later as root, or set vm.unprivileged_userfaultfd=1",
-                )
-            uffd = syscalls.pidfd_getfd(pidfd, made)
-            undo.callback(os.close, uffd)
-            features = syscalls.userfaultfd_features()
-            wanted = syscalls.UFFD_FEATURE_PAGEFAULT_FLAG_WP | syscalls.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
-            wanted |= features & syscalls.UFFD_FEATURE_WP_UNPOPULATED
-            syscalls.userfaultfd_api(uffd, wanted)
-            os.set_blocking(uffd, False)
-            undo.pop_all()
-        return cls(control, ours, uffd, wanted)
+        finally:
+            monitor.take_back()
+
+    def _make_userfaultfd(self, pidfd: int, name: str) -> None:
+        try:
+            device: int | None = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            device = None
+        if device is None:
+            made = self.call(syscalls.NR_USERFAULTFD, os.O_CLOEXEC)
+        else:
+            try:
+                number = self.give(device)
+            finally:
+                os.close(device)
+            made = self.call(syscalls.NR_IOCTL, number, syscalls.USERFAULTFD_IOC_NEW, os.O_CLOEXEC)
+            self.drop(number)
+        if made < 0:
+            raise RefusedDomainError(
+                f"guest {name} cannot have a userfaultfd: {os.strerror(-made)}",
+                reasons=["QEMU may not make a userfaultfd"],
+                remedy="run Linux 6.1 or later as root, or set vm.unprivileged_userfaultfd=1",
+            )
+        self._keep(made)
+        self.uffd = syscalls.pidfd_getfd(pidfd, made)
+        # SAFETY: the number is QEMU's word. Requests of userfaultfd go to nothing but a userfaultfd.
+        if os.fspath(Path(f"/proc/self/fd/{self.uffd}").readlink()) != _UFFD_LINK:
+            raise ConnectionLostError(f"guest {name} shows another file instead of its userfaultfd")
+        wanted = syscalls.UFFD_FEATURE_PAGEFAULT_FLAG_WP | syscalls.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+        wanted |= syscalls.userfaultfd_features() & syscalls.UFFD_FEATURE_WP_UNPOPULATED
+        syscalls.userfaultfd_api(self.uffd, wanted)
+        os.set_blocking(self.uffd, False)
+        self.features = wanted
+
+    def _prefer(self, tid: int | None) -> None:
+        if tid is not None:
+            with contextlib.suppress(OSError):
+                before = os.getpriority(os.PRIO_PROCESS, tid)
+                self._priority = tid, before
+                syscalls.hurry(tid)
+
+    # -- protection ------------------------------------------------------------------------------------------------
+
+    def register(self, address: int, length_bytes: int) -> None:
+        """Make a range of QEMU's memory one that can be write-protected. :raises OSError: it is not all mapped."""
+        syscalls.userfaultfd_register(self.uffd, address, length_bytes)
+
+    def protect(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Let writers of these runs (address, bytes) wait. :raises OSError: those before the one that fails are."""
+        syscalls.userfaultfd_write_protect(self.uffd, runs, True)
+
+    def unprotect(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Let writers of these runs go on. :raises OSError: as protect."""
+        syscalls.userfaultfd_write_protect(self.uffd, runs, False)
+
+    def wake(self, address: int, length_bytes: int) -> None:
+        """Let whoever waits at a page of this range try again. :raises OSError: QEMU has ended."""
+        syscalls.userfaultfd_wake(self.uffd, address, length_bytes)
+
+    # -- tables ----------------------------------------------------------------------------------------------------
 
     def run(self, table: NDArray[np.uint64]) -> int:
         """Have the agent do the calls of ``table``, in order, until one does not give the result that it must.
 
         :param table: shape ``(n <= TABLE_ENTRIES, 8)``: number, six arguments, the result that it must have.
         :returns: how many calls were done; ``result(i)`` tells what call ``i`` gave.
-        :raises ConnectionLostError: QEMU died, or does not run; in the second case nothing of the table was done.
+        :raises ConnectionLostError: QEMU died, or does not run, or does not end the table.
         """
         self.post(table)
         self.await_answer()
@@ -279,50 +251,67 @@ class Session:
         if self._answer_is_due:
             raise InvariantError("a table while another is under way")
         self._table[: len(table)] = table
+        self._posted = len(table)
         self.control.put(COUNT_AT, "<2I", len(table), 0)
         self._answer_is_due = True
+        self._due_s = time.monotonic() + self.deadline_s
         self.control.put(STATE_AT, "<I", _POSTED)
         try:
             self._wire.sendall(b"\1")
         except OSError as error:
             raise ConnectionLostError("QEMU has ended") from error
 
+    def fileno(self) -> int:
+        """What can be read when the agent has answered, for poll(2)."""
+        return self._wire.fileno()
+
+    @property
+    def rest_s(self) -> float:
+        """How long the table that is under way may still take, in seconds."""
+        return max(0.0, self._due_s - time.monotonic())
+
     def await_answer(self) -> None:
         """Wait until no table is under way; ``done`` then says how far the last one got.
 
-        Whoever lifts a protection must call this first: a Ctrl-C may have ended our wait, and not the table.
+        Whoever lifts a protection must call this first: an exception may have ended our wait, and not the table.
 
-        :raises ConnectionLostError: as ``run``.
+        :raises ConnectionLostError: QEMU has ended, or does not answer in time; the caller must ``abandon``.
         """
+        last_chance = False
         while self._answer_is_due:
             try:
+                self._wire.settimeout(max(self.rest_s, 0.001))
                 answer = self._wire.recv(_ANSWERS, socket.MSG_PEEK)
             except TimeoutError:
-                self._withdraw()
+                self._withdraw(last_chance)
+                last_chance = True
                 continue
             except OSError as error:
                 raise ConnectionLostError("QEMU has ended") from error
             if not answer:
                 raise ConnectionLostError("QEMU has ended")
-            # The state decides, and before the byte is taken away: a Ctrl-C between leaves it to the next table.
+            # The state decides, and before the byte is taken away: an interrupt between leaves it to the next table.
             self._answer_is_due = self.control.get(STATE_AT, "<I") != (_DONE,)
             self._wire.recv(len(answer))
 
-    @property
-    def done(self) -> int:
-        """How many calls of the last table were done."""
-        return int(self.control.get(DONE_AT, "<I")[0])
-
-    def _withdraw(self) -> None:
+    def _withdraw(self, last_chance: bool) -> None:
         # Atomic against the agent's own step from posted to under way: afterwards the state is nothing posted (0), or
-        # what the agent made of it.
+        # what the agent made of it. A table that was begun gets as much time again, once.
         syscalls.atomic_clear_bits(self.control.word_address(STATE_AT), _POSTED)
         if self.control.get(STATE_AT, "<I") == (_IDLE,):
             self._answer_is_due = False
             raise ConnectionLostError(
-                f"QEMU did not run for {ANSWER_DEADLINE_S:.0f} s",
+                f"QEMU did not run for {self.deadline_s:.0f} s",
                 remedy="continue the process (kill -CONT, or thaw it)",
             )
+        if last_chance:
+            raise ConnectionLostError("QEMU's agent began a table and does not end it")
+        self._due_s = time.monotonic() + self.deadline_s
+
+    @property
+    def done(self) -> int:
+        """How many calls of the last table were done."""
+        return min(int(self.control.get(DONE_AT, "<I")[0]), self._posted)
 
     def result(self, index: int) -> int:
         """What call ``index`` of the last table gave: a value, or a negative errno."""
@@ -341,35 +330,111 @@ class Session:
         text = os.strerror(number) if number else f"unexpected result {got:#x}"
         return AgentCallError(f"{what}: {text}", errno=number, done=done)
 
-    def take_descriptor(self, number: int) -> int:
-        """Have the agent take its own copy of descriptor ``number`` of QEMU, to be closed when the session ends.
+    # -- what a call points to -------------------------------------------------------------------------------------
 
-        :returns: the copy's number in QEMU.
-        :raises AgentCallError: QEMU has no such descriptor, or too many.
+    @property
+    def side_address(self) -> int:
+        """Where in QEMU pages are built before they are moved into place."""
+        return self.control.side_address
+
+    @property
+    def pid_inside(self) -> int:
+        """QEMU's own idea of its pid."""
+        return self.control.get(PID_AT, "<i")[0]
+
+    @property
+    def pieces_addresses(self) -> tuple[int, int]:
+        """Where in QEMU ``local_pieces`` and ``remote_pieces`` are."""
+        return self.control.code_address + LOCAL_PIECES, self.control.code_address + REMOTE_PIECES
+
+    @property
+    def scratch_address(self) -> int:
+        """Where in QEMU a call may leave some hundred bytes for ``scratch`` to read."""
+        return self.control.data_address + SCRATCH_AT
+
+    def scratch(self, length_bytes: int) -> bytes:
+        """What the last calls have left at ``scratch_address``."""
+        start = DATA + SCRATCH_AT
+        return self.control.memory[start : start + length_bytes]
+
+    def set_pieces(self, pieces: NDArray[np.int64]) -> None:
+        """What the next process_vm_readv copies: address to, address from, bytes; shape ``(n <= IOV_MAX, 3)``."""
+        for column, held in ((0, self.local_pieces), (1, self.remote_pieces)):
+            held["base"][: len(pieces)] = pieces[:, column]
+            held["length"][: len(pieces)] = pieces[:, 2]
+
+    @property
+    def originals(self) -> list[Original]:
+        """How the RAM was before the first memshr changed it; kept in QEMU, so that a later memshr finds it."""
+        return self.control.originals
+
+    @originals.setter
+    def originals(self, records: Sequence[Original]) -> None:
+        self.control.originals = records
+
+    def nodes_address(self, at: int) -> int:
+        """Where QEMU has the nodes of record ``at`` of ``originals``."""
+        return self.control.nodes_address(at)
+
+    def may_call(self, number: int) -> bool:
+        """Whether QEMU's sandbox lets a system call pass that the agent can do without."""
+        return number not in self.control.forbidden
+
+    # -- descriptors -----------------------------------------------------------------------------------------------
+
+    def give(self, descriptor: int) -> int:
+        """Hand a descriptor of ours to the agent, which closes it when the session ends; returns its number in QEMU.
+
+        :raises AgentCallError: QEMU has too many open.
         """
-        slots = self.control.get(SLOTS_AT, f"<{SLOTS}i")
+        data, sock = self.control.data_address, self.control.slots[0]
+        header = data + MESSAGE_AT
+        # struct msghdr: no name; one iovec; the control message; then the iovec: one byte.
+        self.control.put(MESSAGE_AT, "<9Q", 0, 0, header + 0x40, 1, data + RECEIVED_AT - 16, 24, 0, 0, header + 0x58)
+        self.control.put(MESSAGE_AT + 0x48, "<Q", 1)
+        self.control.put(RECEIVED_AT, "<i", -1)
+        self.post(entries([(syscalls.NR_RECVMSG, sock, header, _MSG_CMSG_CLOEXEC)], results=[1]))
+        try:
+            socket.send_fds(self._wire, [b"\2"], [descriptor])
+        except OSError as error:
+            raise ConnectionLostError("QEMU has ended") from error
+        self.await_answer()
+        (number,) = self.control.get(RECEIVED_AT, "<i")
+        if self.done != 1 or number < 0:
+            raise AgentCallError("QEMU did not take a descriptor; has it too many open?", errno=24, done=self.done)
+        self._keep(number)
+        return number
+
+    def drop(self, number: int) -> None:
+        """Have the agent close a descriptor that ``give`` gave it."""
+        slots = self.control.slots
+        if number in slots:
+            self.control.set_slot(slots.index(number), -1)
+            self.call(syscalls.NR_CLOSE, number)
+
+    def _keep(self, number: int) -> None:
+        slots = self.control.slots
         if -1 not in slots:
-            raise AgentCallError("no place for another descriptor in the agent", errno=24, done=0)
-        copy = self.call(syscalls.NR_FCNTL, number, syscalls.F_DUPFD_CLOEXEC, 3)
-        if copy < 0:
-            raise self.failure(0, "copying a descriptor in QEMU")
-        self.control.put(SLOTS_AT + 4 * slots.index(-1), "<i", copy)
-        return copy
+            raise InvariantError("the agent has a thousand descriptors")
+        self.control.set_slot(slots.index(-1), number)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
 
     def end_agent(self, pid: int) -> None:
         """Have the agent close its descriptors and end; the session is closed then.
 
         :raises ConnectionLostError: it has not ended; QEMU does not run.
         """
-        slots = [slot for slot in self.control.get(SLOTS_AT, f"<{SLOTS}i") if slot >= 0]
+        slots = [slot for slot in self.control.slots if slot >= 0]
         calls = [*((syscalls.NR_CLOSE, slot) for slot in slots), (syscalls.NR_EXIT, 0)]
         self.post(entries(calls, results=[0] * len(calls)))
-        # Not the end of our stream: a paused QEMU keeps its own descriptor of the socket until it runs.
-        end = time.monotonic() + ANSWER_DEADLINE_S
+        # Not the end of our stream: whoever else has the socket open would hide it.
+        end = time.monotonic() + self.deadline_s
         while self.control.thread_lives(pid):
             if time.monotonic() > end:
-                self._withdraw()
+                self._withdraw(last_chance=True)
             time.sleep(0.001)
+        self._priority = None
         self.close()
 
     def release_files(self) -> None:
@@ -392,7 +457,14 @@ class Session:
         self.abandon()
         self._wire.close()
         _open_sessions.discard(self)
-        del self._table, self.local_pieces, self.remote_pieces
+        if self._priority is not None:
+            tid, before = self._priority
+            self._priority = None
+            with contextlib.suppress(OSError):  # the thread has ended
+                os.setpriority(os.PRIO_PROCESS, tid, before)
+        self._table = _NO_TABLE  # the three keep the area mapped
+        self.local_pieces = self.remote_pieces = np.empty(0, dtype=IOVEC)
+        self.control.close()
 
     def __enter__(self) -> Self:
         return self
@@ -402,6 +474,8 @@ class Session:
     ) -> None:
         self.close()
 
+
+_NO_TABLE: Final = np.empty((0, 8), dtype=np.uint64)
 
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -422,6 +496,14 @@ def entries(calls: Sequence[tuple[int, ...]], results: Sequence[int]) -> NDArray
         table[row, : len(call)] = call
     table[:, 7] = results
     return table
+
+
+def pid_inside(pid: int) -> int:
+    """QEMU's own idea of its pid, which in a container is another. :raises OSError: it has ended."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("NSpid:"):
+            return int(line.split()[-1])
+    raise ProcessLookupError(f"process {pid} has ended")
 
 
 def _wait_until_free(control: ControlArea, pid: int, name: str) -> None:

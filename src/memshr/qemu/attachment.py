@@ -1,36 +1,58 @@
-"""One QEMU that memshr looks at or works on: its RAM by page number, and what can be done to its pages.
+"""One QEMU that memshr looks at or works on: the state that it is in, and what can be done to its pages.
 
-Pages are counted through all RAM ranges of the guest, in order of gfn; page ``i`` is at ``hvas[i]`` in QEMU. Looking
-needs no agent. Everything that changes a mapping goes through the agent, in tables that end under full protection even
-if we die (see ``agent``). This module knows nothing of handles, groups or who shares with whom.
+What makes this hard: between our look at a guest and what we then do, everything may fail, and a guest whose pages we
+have protected waits for us. So a guest is in one of these states, and ``_become`` alone changes it:
+
+* *looking*: nothing of it has been changed. *attaching*: a session is being made; if that fails in whatever way, the
+  session is given up and the guest is as before. *attached*: its pages can be protected and remapped.
+* *lost*: a look or a call failed, or an answer did not come, while a session was open. The session is given up at once:
+  the kernel lets every writer go on. Nothing more is done to the guest unless it is attached anew.
+* *gone*: the process has ended; the pidfd says so and nothing else does.
+
+Everything that changes a mapping goes through the agent, in tables that end under full protection even if we die (see
+``agent``). This module knows nothing of handles, groups or who shares with whom.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import itertools
+import logging
 import os
-from collections.abc import Generator, Iterable, Iterator
+import select
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.errors import BackendError, HostMemoryError, NoSuchDomainError, RefusedDomainError
-from memshr.procfs import Mapping, Mappings, count_mappings, process_mappings
-from memshr.qemu import agent, control_area, guests, pagemap, syscalls
-from memshr.qemu.agent import Injector, Session
-from memshr.qemu.control_area import ControlArea
+from memshr.errors import (
+    ConnectionLostError,
+    HostMemoryError,
+    InvariantError,
+    MemshrError,
+    NoSuchDomainError,
+    RefusedDomainError,
+    Status,
+)
+from memshr.procfs import Mapping, Mappings
+from memshr.qemu import control_area, pagemap, syscalls, tables
+from memshr.qemu.agent import AgentCallError, Session, entries
+from memshr.qemu.control_area import NOT_EQUAL, Original
 from memshr.qemu.guests import GuestProcess
-from memshr.qemu.pagemap import Pagemap
-from memshr.qemu.pool import FramePool, group_of, of_pools
-from memshr.types import HUGE_PAGE_PAGES, PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
+from memshr.qemu.injection import Injector
+from memshr.qemu.interrupts import uninterrupted
+from memshr.qemu.pool import FramePool, of_pools
+from memshr.qemu.ram import GuestRam, Pages
+from memshr.qemu.tables import Kept, Table
+from memshr.qemu.target import Target
+from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
 
-Pages = NDArray[np.int64]
-"""page numbers of one guest, shape ``(n,)``, ascending and distinct unless said otherwise"""
+_log = logging.getLogger(__name__)
 
 BATCH_ENTRIES: Final = 384
 """Mappings that one table changes: a writer of one of its pages waits for the rest of the table (7 to 20 us for each
@@ -40,10 +62,6 @@ BATCH_PAGES: Final = BATCH_ENTRIES
 MOVED_PAGES: Final = 1024
 """Pages of one run that a table copies back into memory of their own."""
 
-_HUGE_BYTES: Final = HUGE_PAGE_PAGES * PAGE_SIZE
-_ADVICE_GAP_BYTES: Final = 64 * PAGE_SIZE
-"""Mappings that are nearer than this get their flags back in one madvise. It looks at every mapping in between, of
-which there may be ten thousand in a guest: over a gap like this one that costs less than another call."""
 MAP_RESERVE: Final = 2048
 """Mappings that QEMU is left for itself."""
 
@@ -51,186 +69,277 @@ MAPPING_OVER_IS_SAFE = tuple(int(part) for part in os.uname().release.split("-")
 """Whether an mmap(MAP_FIXED) that fails leaves what was there. Before Linux 6.9 it may leave a hole: there mappings are
 made beside and moved into place by mremap, which looks for what may fail before it takes anything away."""
 
-_ADVICE: Final = {
-    "dd": syscalls.MADV_DONTDUMP,
-    "dc": syscalls.MADV_DONTFORK,
-    "mg": syscalls.MADV_MERGEABLE,
-    "hg": syscalls.MADV_HUGEPAGE,
-    "nh": syscalls.MADV_NOHUGEPAGE,
+MAPPED, DIFFERS = 1, 2
+_MOST_DIFFERENCES: Final = 8
+"""Runs of a table that may differ from their frames. Even one takes a defect of the kernel, or a QEMU that lies."""
+
+_UNMERGE_BYTES: Final = 64 << 20
+"""Memory that is taken from KSM in one call, which keeps QEMU's other threads from faulting meanwhile."""
+_MPOL_F_ADDR: Final = 2
+_MERGEABLE: Final = tables.bits_of(frozenset({"mg"}))
+
+
+class GuestState(enum.Enum):
+    """See the module."""
+
+    LOOKING = "looking"
+    ATTACHING = "attaching"
+    ATTACHED = "attached"
+    LOST = "lost"
+    GONE = "gone"
+
+
+_TRANSITIONS: Final = {
+    GuestState.LOOKING: {GuestState.ATTACHING, GuestState.GONE},
+    GuestState.ATTACHING: {GuestState.ATTACHED, GuestState.LOOKING, GuestState.LOST, GuestState.GONE},
+    GuestState.ATTACHED: {GuestState.LOOKING, GuestState.LOST, GuestState.GONE},
+    GuestState.LOST: {GuestState.ATTACHING, GuestState.GONE},
+    GuestState.GONE: set(),
 }
-"""VmFlags that QEMU sets on guest RAM -> what puts them back onto a new mapping"""
-_FRAME_FLAGS: Final = ("dd", "dc", "mg")
 
-
-Steps = Generator[None, None, int]
-"""Work of one agent, table by table: each step ends when a table is posted. Returns how much was done."""
+Steps = Generator[Session, None, int]
+"""Work of one agent, table by table: each step ends when one is posted to this session. Returns how much was done."""
 
 
 def carry_out(works: Iterable[Steps]) -> list[int]:
     """Let agents do their work, those of different guests at the same time; returns what each returned.
 
+    Whoever has answered goes on at once, whatever the others do: no guest waits for another's agent.
+
     :raises BaseException: the first that one raises; the others are done, too.
     """
-    under_way = dict(enumerate(works))
-    results = [0] * len(under_way)
+    results: dict[int, int] = {}
+    waiting: dict[int, tuple[int, Steps, Session]] = {}
     failure: BaseException | None = None
-    while under_way:
-        for number, steps in list(under_way.items()):
-            try:
-                next(steps)
-            except StopIteration as end:
-                results[number] = end.value
-                del under_way[number]
-            except BaseException as error:
-                failure = failure or error
-                del under_way[number]
+    poll = select.poll()
+
+    def go_on(number: int, steps: Steps) -> None:
+        nonlocal failure
+        try:
+            session = next(steps)
+        except StopIteration as end:
+            results[number] = end.value
+            return
+        except BaseException as error:
+            results[number] = 0
+            failure = failure or error
+            return
+        waiting[session.fileno()] = number, steps, session
+        poll.register(session.fileno(), select.POLLIN)
+
+    for number, steps in enumerate(works):
+        go_on(number, steps)
+    while waiting:
+        rest_s = min(session.rest_s for _, _, session in waiting.values())
+        ready = {fileno for fileno, _ in poll.poll(rest_s * 1000)}
+        ready |= {fileno for fileno, (_, _, session) in waiting.items() if not session.rest_s}
+        for fileno in ready:
+            poll.unregister(fileno)
+            number, steps, _ = waiting.pop(fileno)
+            go_on(number, steps)
     if failure is not None:
         raise failure
-    return results
+    return [results[number] for number in sorted(results)]
 
 
 @dataclass(frozen=True, slots=True)
 class PoolMappings:
-    """Where a QEMU has one frame pool mapped.
+    """Where a QEMU has one file mapped that is called like a frame pool.
 
     :param sample: one of the mappings.
-    :param group: the trust group that the pool claims to be of.
     :param hvas: the address of each page, shape ``(n,)``.
     :param frames: the number of the frame that is mapped there, shape ``(n,)``.
     """
 
     sample: Mapping
-    group: str
     hvas: NDArray[np.int64]
     frames: NDArray[np.int64]
+
+    @property
+    def file(self) -> tuple[int, int]:
+        """Device and inode of the file."""
+        return os.makedev(self.sample.dev_major, self.sample.dev_minor), self.sample.inode
 
 
 class Attachment:
     """One QEMU, open for reading; ``attach`` makes it one whose pages can be protected and remapped.
 
+    :param target: the process; closed by ``close``.
     :raises NoSuchDomainError: it has ended.
     :raises BackendError: QEMU does not tell where its RAM is.
     """
 
-    def __init__(self, domid: DomId, process: GuestProcess) -> None:
+    def __init__(self, domid: DomId, process: GuestProcess, target: Target | None = None) -> None:
         self.domid = domid
         self.process = process
+        self.state = GuestState.LOOKING
         self.session: Session | None = None
         self.must_drain = False
-        self.dead = False
-        self._control: ControlArea | None = None
-        self._pool_numbers: dict[int, int] = {}
-        self._flags: frozenset[str] = frozenset()
+        self.why: BaseException | None = None
+        """why it is lost, or could not be attached"""
+        self.on_lost: Callable[[Attachment], None] = lambda _: None
+        """called when a session is given up: whoever has books about it forgets them"""
+        self._kept: list[Kept] = []
+        self._policies: list[tuple[int, bytes]] = []
+        self._pool_numbers: dict[tuple[int, int], int] = {}
         self._mappings_left = 0
-        self._last_mappings: Mappings | None = None
-        with contextlib.ExitStack() as undo:
-            try:
-                self.pidfd = os.pidfd_open(process.pid)
-                undo.callback(os.close, self.pidfd)
-                self.pagemap = Pagemap(process.pid)
-                undo.callback(self.pagemap.close)
-            except OSError as error:
-                raise self._failed(error) from error
-            if not process.running:
-                raise self.gone()
-            with process.monitor() as monitor:
-                self.layout = guests.memory_layout(monitor)
-            self._closing = undo.pop_all()
-        self.first_gfns = np.array([ram.first_gfn for ram in self.layout], dtype=np.int64)
-        self.range_pages = np.array([ram.pages for ram in self.layout], dtype=np.int64)
-        self._range_starts = np.cumsum(self.range_pages) - self.range_pages
-        self.pages = int(self.range_pages.sum())
-        self.hvas = np.concatenate(
-            [ram.hva + PAGE_SIZE * np.arange(ram.pages, dtype=np.int64) for ram in self.layout]
-            or [np.empty(0, dtype=np.int64)]
-        )
-        by_hva = np.argsort([ram.hva for ram in self.layout])
-        self._hva_starts = np.array([self.layout[i].hva for i in by_hva], dtype=np.int64)
-        self._hva_pages = self.range_pages[by_hva]
-        self._hva_first = self._range_starts[by_hva]
+        self._stopped_at_a_difference = False
+        try:
+            self.target = target or Target(process)
+        except OSError as error:
+            raise self.failed(error) from error
+        try:
+            if self.target.has_ended():
+                self._end()
+            self.ram = GuestRam(self.target.layout())
+        except BaseException:
+            self.target.close()
+            raise
+        self.pages = self.ram.pages
+        self.hvas = self.ram.hvas
         self.in_pool = np.zeros(self.pages, dtype=np.bool_)
-        """pages in mappings of a pool; kept by the hypervisor, which knows who shares"""
+        """pages in mappings of a pool; kept by the books, which know who shares"""
         self._unregistered = np.zeros(self.pages, dtype=np.bool_)
         """pages in mappings that were made after the last UFFDIO_REGISTER"""
 
-    def gone(self) -> NoSuchDomainError:
+    # -- states ----------------------------------------------------------------------------------------------------
+
+    def _become(self, state: GuestState) -> None:
+        if state is self.state:
+            return
+        if state not in _TRANSITIONS[self.state]:
+            raise InvariantError(f"guest {self.process.name} cannot go from {self.state.value} to {state.value}")
+        _log.info("guest %s (%d): %s", self.process.name, self.process.pid, state.value)
+        self.state = state
+
+    @property
+    def dead(self) -> bool:
+        """Whether nothing can be done with it: gone, or lost and not attached anew."""
+        return self.state in {GuestState.GONE, GuestState.LOST}
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process has ended; looks."""
+        if self.state is not GuestState.GONE and self.target.has_ended():
+            self._give_up(GuestState.GONE)
+        return self.state is GuestState.GONE
+
+    def ended(self) -> NoSuchDomainError:
         """The error for a guest that has ended."""
         return NoSuchDomainError(f"guest {self.process.name} ({self.process.pid}) has ended", domid=self.domid)
 
-    def _has_ended(self) -> bool:
-        # A process that has exited and waits to be reaped has maps, but nothing in them.
-        try:
-            return not self.process.running or not Path(f"/proc/{self.process.pid}/maps").read_text()
-        except OSError:
-            return True
+    def _end(self) -> NoReturn:
+        self._give_up(GuestState.GONE)
+        raise self.ended()
 
-    def _failed(self, error: OSError) -> Exception:
-        if error.errno in {errno.ESRCH, errno.ENOENT, errno.EBADF, errno.ENODEV}:
-            if not self._has_ended():
-                name = f"guest {self.process.name} ({self.process.pid})"
-                return BackendError(f"{name} changed while memshr looked at it: {error.strerror}", remedy="try again")
-            self.dead = True
-            return self.gone()
+    def lose(self, why: BaseException) -> None:
+        """Give its session up, whatever is under way: all protection ends, every writer goes on. Never raises."""
+        if self.session is None:
+            return
+        self.why = why
+        _log.warning("guest %s (%d) is given up: %s", self.process.name, self.process.pid, why)
+        self._give_up(GuestState.GONE if self.target.has_ended() else GuestState.LOST)
+
+    def _give_up(self, state: GuestState) -> None:
+        with uninterrupted():
+            session, self.session = self.session, None
+            self._pool_numbers = {}
+            if session is not None:
+                session.abandon()
+            self._become(state)
+            self.target.forget_mappings()
+            self.on_lost(self)
+            if session is not None:
+                session.close()
+
+    def lost_error(self) -> RefusedDomainError:
+        """The error for a guest that was given up."""
+        text = f"guest {self.process.name} ({self.process.pid}) was given up: {self.why}"
+        return RefusedDomainError(
+            text, reasons=[text], status=Status.ESRCH, domid=self.domid, remedy="it goes on; run the command again"
+        )
+
+    def failed(self, error: OSError) -> MemshrError | OSError:
+        """What a failed look or call means. A guest that is being worked on is lost: its writers must not wait."""
+        if hasattr(self, "target") and self.target.has_ended():
+            self._give_up(GuestState.GONE)
+            return self.ended()
+        if self.state is GuestState.ATTACHED:
+            self.lose(error)
+            return self.lost_error()
+        name = f"guest {self.process.name} ({self.process.pid})"
         if error.errno in {errno.EACCES, errno.EPERM}:
             return RefusedDomainError(
-                f"may not look into guest {self.process.name} ({self.process.pid})",
+                f"may not look into {name}",
                 reasons=["no permission"],
                 domid=self.domid,
                 remedy="run as root (capabilities SYS_PTRACE, SYS_ADMIN and SYS_NICE)",
             )
         if error.errno == errno.ENOMEM:
             return HostMemoryError(f"no memory: {error.strerror}", domid=self.domid, remedy="relieve the host")
-        return error
+        if error.errno in {errno.ESRCH, errno.ENOENT} and not hasattr(self, "target"):
+            return self.ended()
+        text = f"{name} changed while memshr looked at it: {error.strerror or error}"
+        return RefusedDomainError(text, reasons=[text], domid=self.domid, status=Status.ESRCH, remedy="try again")
 
-    # -- page numbers ----------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        # Around everything that is asked of the kernel, QEMU or its agent about this guest.
+        try:
+            yield
+        except OSError as error:
+            failure = self.failed(error)
+            raise failure from error
+        except (ConnectionLostError, AgentCallError) as error:
+            if self.target.has_ended():
+                self._give_up(GuestState.GONE)
+                raise self.ended() from error
+            if self.state is not GuestState.ATTACHED:
+                raise
+            self.lose(error)
+            raise self.lost_error() from error
 
-    def pages_of_gfns(self, gfns: Gfns) -> NDArray[np.int64]:
-        """Page number of each gfn, -1 where there is no RAM."""
-        if not len(self.first_gfns):
-            return np.full(len(gfns), -1, dtype=np.int64)
-        row = np.maximum(np.searchsorted(self.first_gfns, gfns, side="right") - 1, 0)
-        inside = gfns - self.first_gfns[row]
-        return np.where((inside >= 0) & (inside < self.range_pages[row]), self._range_starts[row] + inside, -1)
+    def working_session(self) -> Session:
+        """The session.
 
-    def gfns_of_pages(self, pages: Pages) -> Gfns:
-        """The gfn of each page."""
-        row = np.searchsorted(self._range_starts, pages, side="right") - 1
-        return np.asarray(self.first_gfns[row] + pages - self._range_starts[row])
-
-    def pages_of_hvas(self, hvas: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Page number of each address, -1 where it is no guest RAM."""
-        row = np.maximum(np.searchsorted(self._hva_starts, hvas, side="right") - 1, 0)
-        inside = (hvas - self._hva_starts[row]) >> PAGE_SHIFT
-        return np.where((inside >= 0) & (inside < self._hva_pages[row]), self._hva_first[row] + inside, -1)
+        :raises NoSuchDomainError: the guest has ended. :raises RefusedDomainError: it was given up.
+        """
+        if self.session is None:
+            if self.gone:
+                raise self.ended()
+            raise self.lost_error()
+        return self.session
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
+    def pages_of_gfns(self, gfns: Gfns) -> NDArray[np.int64]:
+        """Page number of each gfn, -1 where there is no RAM."""
+        return self.ram.pages_of_gfns(gfns)
+
     def entries(self, pages: Pages) -> NDArray[np.uint64]:
         """The pagemap entries of pages, in any order."""
-        try:
-            return self.pagemap.entries(self.hvas[pages])
-        except (OSError, NoSuchDomainError) as error:
-            self.dead = True
-            raise self.gone() from error
+        with self._asking():
+            return self.target.entries(self.hvas[pages])
+
+    def zero_pages(self, entries_: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which entries are of the kernel's own zero page."""
+        with self._asking():
+            return self.target.zero_pages(entries_)
 
     def mappings(self) -> Mappings:
         """What QEMU has mapped now; the same object as the last time in this session if nothing has changed since."""
-        try:
-            mappings = process_mappings(self.process.pid, last=self._last_mappings)
-        except OSError as error:
-            raise self._failed(error) from error
-        if not len(mappings):
-            self.dead = True
-            raise self.gone()
-        self._last_mappings = mappings
-        return mappings
+        with self._asking():
+            mappings = self.target.mappings()
+            if not len(mappings):  # a process that is exiting has given its memory up before it is said to have ended
+                raise ProcessLookupError(errno.ESRCH, "it has no memory any more")
+            return mappings
 
     def read_run(self, first: int, out: PageBytes) -> None:
         """Contents of consecutive pages. Pages that were never touched are not touched by this."""
         rows = np.arange(first, first + len(out))
-        entries = self.entries(rows)
+        found = self.entries(rows)
         # In a pool's mapping a page that is not there reads as its frame; in anonymous memory it is zeros.
-        absent = ~pagemap.is_there(entries) & ~self.in_pool[rows]
+        absent = ~pagemap.is_there(found) & ~self.in_pool[rows]
         edges = [0, *(np.flatnonzero(np.diff(absent)) + 1).tolist(), len(out)]
         for start, end in itertools.pairwise(edges):
             if absent[start]:
@@ -244,215 +353,239 @@ class Attachment:
         :param rows: the row of ``out`` that each goes into, shape ``(n,)``; None: page i into row i.
         """
         rows = np.arange(len(pages)) if rows is None else rows
-        hvas = self.hvas[pages]
-        (at,) = np.nonzero((np.diff(hvas, prepend=-1) != PAGE_SIZE) | (np.diff(rows, prepend=-1) != 1))
-        pieces = np.empty((2, len(at)), dtype=agent.IOVEC)
-        pieces["length"] = np.diff(at, append=len(hvas)) * PAGE_SIZE
-        pieces["base"][0], pieces["base"][1] = out.ctypes.data + rows[at] * PAGE_SIZE, hvas[at]
-        for first in range(0, len(at), syscalls.IOV_MAX):
-            local, remote = pieces[:, first : first + syscalls.IOV_MAX]
-            try:
-                got = syscalls.process_vm_readv(self.process.pid, local, remote)
-            except OSError as error:
-                raise self._failed(error) from error
-            if got != int(remote["length"].sum()):
-                self.dead = True
-                raise self.gone()
+        with self._asking():
+            if self.target.read(self.hvas[pages], out, rows) != len(pages) * PAGE_SIZE:
+                raise OSError(errno.EFAULT, "some of its memory cannot be read")
 
     @staticmethod
     def pool_mappings(mappings: Mappings) -> Iterator[PoolMappings]:
-        """Where QEMU has frame pools mapped, one by one; made for tens of thousands of mappings.
+        """Where QEMU has files mapped that are called like frame pools, one by one; made for tens of thousands.
 
         :param mappings: what it has mapped.
         """
         (left,) = np.nonzero(of_pools(mappings))
         while len(left):
-            same = mappings.inode[left] == mappings.inode[left[0]]
-            same &= mappings.name[left] == mappings.name[left[0]]
+            same = (mappings.inode[left] == mappings.inode[left[0]]) & mappings.same_device(left, int(left[0]))
             rows, left = left[same], left[~same]
             starts = mappings.start[rows].astype(np.int64)
             lengths = (mappings.end[rows].astype(np.int64) - starts) >> PAGE_SHIFT
             first_frames = mappings.offset[rows].astype(np.int64) >> PAGE_SHIFT
             inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            sample = mappings[int(rows[0])]
             yield PoolMappings(
-                sample,
-                group_of(sample.path),
+                mappings[int(rows[0])],
                 np.repeat(starts, lengths) + inside * PAGE_SIZE,
                 np.repeat(first_frames, lengths) + inside,
             )
+
+    def huge(self, pages: Pages) -> NDArray[np.bool_]:
+        """Which pages are part of a transparent huge page; looks at one page of each 2 MiB."""
+        _, first, inverse = np.unique(self.hvas[pages] >> 21, return_index=True, return_inverse=True)
+        found = self.entries(pages[first])
+        with self._asking():
+            return np.asarray(self.target.huge(found)[inverse])
+
+    def split_huge_pages(self, pages: Pages) -> None:
+        """Split the huge pages that these pages are parts of, so that the host gets back what is remapped of them.
+
+        MADV_COLD on a part of a huge page does it, from outside; on other pages it only marks them as seldom used.
+        """
+        hvas = self.hvas[pages]
+        _, at = np.unique(hvas >> 21, return_index=True)
+        with contextlib.suppress(OSError):  # a saving that comes later, no error
+            self.target.split_huge_pages(hvas[at])
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
     @property
     def has_agent(self) -> bool:
         """Whether some memshr has been at work in it."""
-        try:
-            found = ControlArea.find_all(self.process.pid)
-        except OSError as error:
-            raise self._failed(error) from error
-        for control in found:
-            control.close()
-        return bool(found)
+        with self._asking():
+            return self.target.has_agent()
 
-    def attach(self, injector: Injector) -> Mappings:
+    def attach(
+        self, injector: Injector, available_bytes: int, watching: Callable[[Attachment, Session], object]
+    ) -> Mappings:
         """Find or install the agent, open a session, make all RAM one that can be write-protected.
 
+        If it fails, in whatever way, no session is left.
+
+        :param available_bytes: how much memory of the host giving KSM's pages back may take.
+        :param watching: called before any page can be protected: from then on somebody hears of writes.
         :returns: what QEMU has mapped since the session began.
         :raises RefusedDomainError: the guest must not be touched; ``reasons`` says why.
         """
-        pid, name = self.process.pid, self.process.name
-        with self.process.monitor() as monitor:
-            mappings = self.mappings()
-            reasons = guests.refusals(self.process, monitor, self.layout, mappings)
-            if reasons:
-                raise RefusedDomainError(
-                    f"guest {name} ({pid}) must not be touched: {'; '.join(map(str, reasons))}",
-                    reasons=[str(reason) for reason in reasons],
-                    domid=self.domid,
-                )
-            self.must_drain = guests.has_direct_drives(monitor)
+        began_s = time.monotonic()
+        self._become(GuestState.ATTACHING)
+        try:
             try:
-                code = mappings.named(control_area.MAPPED_CONTROL.__eq__) & mappings.executable
-                places = [f"{place.start:x}-{place.end:x}" for place in mappings.of(code)]
-                control = ControlArea.find(pid, places) or agent.install(pid, name, monitor, injector)
-                try:
-                    self.session = Session.open(pid, self.pidfd, name, control, monitor)
-                except BaseException:
-                    control.close()
-                    raise
-                self._control = control
-                mappings = self.mappings()
-                self._flags = self._ram_flags(mappings)
+                self.must_drain = self.target.has_direct_drives()
+                self.session = self.target.connect(list(self.ram.layout), injector, self.domid)
+                watching(self, self.session)
+                self.target.forget_mappings()
+                mappings = self.target.mappings()
+                self._clear_side(self.session, mappings)
+                self._keep_originals(self.session)
+                self._take_from_ksm(self.session, available_bytes)
                 self.register()
-                self._note_count(len(mappings))
-                self._clear_side(mappings)
+                self._mappings_left = self.target.mappings_left() - MAP_RESERVE
+                mappings = self.target.mappings()
             except OSError as error:
-                raise self._failed(error) from error
+                raise self.failed(error) from error
+        except BaseException as error:
+            self.why = error
+            if self.state is GuestState.ATTACHING or self.session is not None:
+                self._give_up(GuestState.GONE if self.target.has_ended() else GuestState.LOOKING)
+            raise
+        self.why = None
+        self._become(GuestState.ATTACHED)
+        _log.info(
+            "guest %s (%d): attached in %.1f ms; %d pages, %d more mappings fit, %s",
+            *(self.process.name, self.process.pid, (time.monotonic() - began_s) * 1e3, self.pages),
+            *(self._mappings_left, "disk requests are waited for" if self.must_drain else "no direct disk requests"),
+        )
         return mappings
 
-    def _ram_flags(self, mappings: Mappings) -> frozenset[str]:
-        # Of memory that we have not replaced, if any is left; ours have the same, but for huge pages.
-        for ram in self.layout:
-            inside = mappings.ordinary & (mappings.start < ram.end_hva) & (mappings.end > ram.hva)
-            if inside.any():
-                address = max(int(mappings.start[np.argmax(inside)]), ram.hva)
-                return pagemap.mapping_flags(self.process.pid, address)
-        return pagemap.mapping_flags(self.process.pid, self.layout[0].hva)
+    def _keep_originals(self, session: Session) -> None:
+        # How QEMU had set each range of RAM, from the first memshr's notes; of ranges that are new it is noted now.
+        notes = session.originals
+        known = {(note.start, note.end): at for at, note in enumerate(notes)}
+        for ram in self.ram.layout:
+            if (ram.hva, ram.end_hva) not in known:
+                known[ram.hva, ram.end_hva] = len(notes)
+                policy, nodes = self._policy_at(session, ram.hva)
+                flags = tables.bits_of(self.target.flags_at(ram.hva))
+                notes.append(Original(ram.hva, ram.end_hva, flags, policy, nodes))
+        session.originals = notes
+        self._kept = []
+        for ram in self.ram.layout:
+            at = known[ram.hva, ram.end_hva]
+            self._kept.append(Kept(notes[at].flags, notes[at].policy, session.nodes_address(at)))
+        self._policies = [(notes[at].policy, notes[at].nodes) for at in map(known.__getitem__, self._ranges())]
 
-    def _advise(self, start: int, length_bytes: int, flags: tuple[str, ...]) -> list[list[int]]:
-        return [
-            [syscalls.NR_MADVISE, start, length_bytes, _ADVICE[flag], 0, 0, 0, 0]
-            for flag in flags
-            if flag in self._flags
+    def _ranges(self) -> list[tuple[int, int]]:
+        return [(ram.hva, ram.end_hva) for ram in self.ram.layout]
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether any of its RAM may be of certain NUMA nodes only."""
+        return any(mode & ~syscalls.MPOL_MODE_FLAGS == syscalls.MPOL_BIND for mode, _ in self._policies)
+
+    def policies(self, pages: Pages) -> tuple[NDArray[np.int64], list[tuple[int, bytes]]]:
+        """By which NUMA policy QEMU asked for the memory of each page.
+
+        :returns: a place in the list for each, shape ``(n,)``; the list: mode with mode flags, bits of the nodes.
+        """
+        distinct = list(dict.fromkeys(self._policies)) or [(0, b"")]
+        of_range = np.array([distinct.index(each) for each in self._policies] or [0], dtype=np.int64)
+        if len(distinct) == 1:
+            return np.zeros(len(pages), dtype=np.int64), distinct
+        return of_range[self.ram.range_of_hvas(self.hvas[pages])], distinct
+
+    @staticmethod
+    def _policy_at(session: Session, hva: int) -> tuple[int, bytes]:
+        # The NUMA policy of the mapping at an address, as get_mempolicy(2) tells QEMU itself.
+        at, bits = session.scratch_address, tables.NODE_MASK_BITS
+        if not session.may_call(syscalls.NR_GET_MEMPOLICY):
+            return 0, b""
+        if session.call(syscalls.NR_GET_MEMPOLICY, at, at + 8, bits, hva, _MPOL_F_ADDR) < 0:
+            return 0, b""  # a kernel without NUMA has none
+        found = session.scratch(8 + control_area.NODE_MASK_BYTES)
+        return int.from_bytes(found[:4], "little", signed=True), found[8:]
+
+    def _take_from_ksm(self, session: Session, available_bytes: int) -> None:
+        # What KSM merges anew loses its write protection (docs/nominations.md): none of this RAM may be its to merge.
+        merged = self.target.ksm_pages()
+        if merged * PAGE_SIZE > available_bytes:
+            text = f"KSM has merged {merged:,} of its pages, and the host has no room to give them back"
+            raise RefusedDomainError(
+                f"guest {self.process.name} ({self.process.pid}) is left alone: {text}",
+                reasons=[text],
+                domid=self.domid,
+                remedy="free memory, or have KSM unmerge all (write 2 to /sys/kernel/mm/ksm/run)",
+            )
+        rows = [
+            (syscalls.NR_MADVISE, start, min(_UNMERGE_BYTES, ram.end_hva - start), syscalls.MADV_UNMERGEABLE)
+            for ram, kept in zip(self.ram.layout, self._kept, strict=True)
+            if kept.flags & _MERGEABLE
+            for start in range(ram.hva, ram.end_hva, _UNMERGE_BYTES)
         ]
+        for row in rows:
+            if session.run(entries([row], results=[0])) != 1:
+                raise session.failure(0, "taking its memory from KSM")
+
+    def _give_to_ksm(self, session: Session) -> None:
+        for ram, kept in zip(self.ram.layout, self._kept, strict=True):
+            if kept.flags & _MERGEABLE:
+                session.call(syscalls.NR_MADVISE, ram.hva, ram.end_hva - ram.hva, syscalls.MADV_MERGEABLE)
 
     def count_mappings(self) -> None:
         """See how many mappings QEMU may still get."""
-        try:
-            mappings = count_mappings(self.process.pid)
-        except OSError as error:
-            raise self._failed(error) from error
-        if not mappings:
-            self.dead = True
-            raise self.gone()
-        self._note_count(mappings)
-
-    def _note_count(self, mappings: int) -> None:
-        self._mappings_left = pagemap.map_count_limit() - MAP_RESERVE - mappings
+        with self._asking():
+            self._mappings_left = self.target.mappings_left() - MAP_RESERVE
 
     @property
     def mappings_left(self) -> int:
         """How many more mappings QEMU may get, by a careful estimate."""
         return self._mappings_left
 
-    def working_session(self) -> Session:
-        """The session. :raises NoSuchDomainError: there is none (any more)."""
-        if self.session is None or self.dead:
-            raise self.gone()
-        return self.session
-
     def pool_number(self, pool: FramePool) -> int:
         """The number that ``pool`` has in QEMU, as a descriptor that can only read and that ends with the session."""
-        number = self._pool_numbers.get(pool.inode)
+        number = self._pool_numbers.get(pool.file)
         if number is None:
             readable = pool.readable()
             try:
-                with self.process.monitor() as monitor:
-                    number = self.working_session().take_descriptor(monitor.add_descriptor(readable))
-                    monitor.remove_descriptors()
+                with self._asking():
+                    number = self.working_session().give(readable)
             finally:
                 os.close(readable)
-            self._pool_numbers[pool.inode] = number
+            self._pool_numbers[pool.file] = number
         return number
 
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """The guest stands still, and QEMU has ended every disk request of it that was under way.
-
-        A guest that does not run has none: QEMU ends them when it stops. Nothing may be in flight when this begins or
-        ends, because it needs QEMU's main thread.
-        """
-        with self.process.monitor() as monitor:
-            if not monitor.execute("query-status")["running"]:
-                yield
-                return
-            try:
-                monitor.execute("stop")
-                yield
-            finally:
-                monitor.execute("cont")
+    def forget_pools(self, needed: Iterable[FramePool]) -> None:
+        """Take all pools but these back from QEMU."""
+        wanted = {pool.file for pool in needed}
+        for file, number in list(self._pool_numbers.items()):
+            if file not in wanted:
+                with self._asking():
+                    self.working_session().drop(number)
+                del self._pool_numbers[file]
 
     def drain(self) -> None:
-        """Wait until every disk request of the guest that is under way has ended, by stopping it for a moment."""
-        with self.stopped():
-            pass
-
-    def drop_session(self) -> None:
-        """End the session, whatever state the guest is in: all protection ends."""
-        session, self.session = self.session, None
-        control, self._control = self._control, None
-        self._pool_numbers.clear()
-        self._last_mappings = None
-        if session is not None:
-            session.close()
-        if control is not None:
-            control.close()
+        """Wait until every disk request of the guest that is under way has ended; the guest goes on meanwhile."""
+        began_s = time.monotonic()
+        with self._asking():
+            self.target.drain()
+        _log.debug("guest %s: disk requests ended in %.1f ms", self.process.name, (time.monotonic() - began_s) * 1e3)
 
     def detach(self, injector: Injector) -> None:
         """Take the agent out of QEMU: thread, mappings, descriptors. No page may be on a frame any more."""
-        pid, name = self.process.pid, self.process.name
-        session, self.session = self.working_session(), None
-        control, self._control = self._control, None
-        self._pool_numbers.clear()
-        self._last_mappings = None
-        session.end_agent(pid)
-        if control is not None:
-            control.close()
-        for each in ControlArea.find_all(pid):
-            try:
-                if each.thread_lives(pid):
-                    with self.process.monitor() as monitor:
-                        Session.open(pid, self.pidfd, name, each, monitor).end_agent(pid)
-                agent.uninstall(pid, each, injector)
-            finally:
-                each.close()
+        session = self.working_session()
+        with self._asking():
+            self._give_to_ksm(session)
+            session.originals = []
+            self.target.disconnect(session, injector)
+        self._give_up(GuestState.LOOKING)
+
+    def drop_session(self) -> None:
+        """End the session: all protection ends. The agent stays, asleep."""
+        if self.session is not None:
+            self._give_up(GuestState.LOOKING)
 
     def close(self) -> None:
-        """End the session and close every file; the agent stays, asleep."""
-        self.drop_session()
-        self._closing.close()
+        """End the session and close every file."""
+        try:
+            self.drop_session()
+        finally:
+            self.target.close()
 
     # -- protecting ------------------------------------------------------------------------------------------------
 
     def register(self) -> None:
         """Make every mapping of RAM one that can be write-protected; those that can already are left alone."""
         session = self.working_session()
-        try:
-            for ram in self.layout:
-                syscalls.userfaultfd_register(session.uffd, ram.hva, ram.pages * PAGE_SIZE)
-        except OSError as error:
-            raise self._failed(error) from error
+        with self._asking():
+            for ram in self.ram.layout:
+                session.register(ram.hva, ram.pages * PAGE_SIZE)
         self._unregistered[:] = False
 
     def protect(self, pages: Pages) -> None:
@@ -460,12 +593,10 @@ class Attachment:
         session = self.working_session()
         if self._unregistered[pages].any():
             self.register()
-        try:
-            if not session.features & syscalls.UFFD_FEATURE_WP_UNPOPULATED:
-                self._touch(pages)
-            syscalls.userfaultfd_write_protect(session.uffd, self._runs(pages), True)
-        except OSError as error:
-            raise self._failed(error) from error
+        if not session.features & syscalls.UFFD_FEATURE_WP_UNPOPULATED:
+            self._touch(pages)
+        with self._asking():
+            session.protect(self.ram.runs(pages))
 
     def _touch(self, pages: Pages) -> None:
         # Without WP_UNPOPULATED a page that is not there cannot be protected: reading makes it the zero page first.
@@ -475,181 +606,105 @@ class Attachment:
 
     def await_agent(self) -> None:
         """Wait until nothing is being remapped any more; before protections are lifted. See Session.await_answer."""
-        self.working_session().await_answer()
+        with self._asking():
+            self.working_session().await_answer()
 
     def unprotect(self, pages: Pages) -> None:
         """Let writers of these pages go on."""
         session = self.working_session()
-        for run in self._runs(pages):
-            try:
-                syscalls.userfaultfd_write_protect(session.uffd, [run], False)
-            except OSError as error:
-                if error.errno != errno.ENOENT:  # a mapping of ours that is not registered has no protection to lift
-                    raise self._failed(error) from error
+        with self._asking():
+            for run in self.ram.runs(pages):
+                try:
+                    session.unprotect([run])
+                except OSError as error:
+                    if error.errno != errno.ENOENT:  # a mapping of ours that is not registered has no protection
+                        raise
 
     def wake(self) -> None:
         """Let everybody who waits at a protected page try again."""
         session = self.working_session()
-        try:
-            for ram in self.layout:
-                syscalls.userfaultfd_wake(session.uffd, ram.hva, ram.pages * PAGE_SIZE)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _runs(self, pages: Pages) -> list[tuple[int, int]]:
-        # (address, bytes) of each run of adjacent pages
-        starts, lengths = self._pieces(pages)
-        return list(zip(starts.tolist(), lengths.tolist(), strict=True))
-
-    def _pieces(self, pages: Pages) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        # The addresses of the runs of adjacent pages, and their bytes.
-        hvas = self.hvas[pages]
-        first = np.ones(len(hvas), dtype=np.bool_)
-        np.not_equal(np.diff(hvas), PAGE_SIZE, out=first[1:])
-        (at,) = np.nonzero(first)
-        return hvas[at], np.diff(at, append=len(hvas)) * PAGE_SIZE
-
-    def split_huge_pages(self, pages: Pages) -> None:
-        """Split the huge pages that these pages are parts of, so that the host gets back what is remapped of them.
-
-        MADV_COLD on a part of a huge page does it, from outside; on other pages it only marks them as seldom used.
-        """
-        hvas = self.hvas[pages]
-        chunks, at = np.unique(hvas >> 21, return_index=True)
-        pieces = np.zeros(len(chunks), dtype=agent.IOVEC)
-        pieces["base"] = hvas[at]
-        pieces["length"] = PAGE_SIZE
-        for start in range(0, len(pieces), syscalls.IOV_MAX):
-            with contextlib.suppress(OSError):  # a saving that comes later, no error
-                some = np.ascontiguousarray(pieces[start : start + syscalls.IOV_MAX])
-                syscalls.process_madvise(self.pidfd, some, syscalls.MADV_COLD)
-
-    def huge(self, pages: Pages) -> NDArray[np.bool_]:
-        """Which pages are part of a transparent huge page; looks at one page of each 2 MiB."""
-        _, first, inverse = np.unique(self.hvas[pages] >> 21, return_index=True, return_inverse=True)
-        return np.asarray(self.pagemap.huge(self.entries(pages[first]))[inverse])
+        with self._asking():
+            for ram in self.ram.layout:
+                session.wake(ram.hva, ram.pages * PAGE_SIZE)
 
     # -- remapping -------------------------------------------------------------------------------------------------
 
-    def map_frames(self, pages: Pages, frames: NDArray[np.int64], pool: FramePool) -> Steps:
-        """Map frames of one pool, which QEMU has been given, over protected pages, as many tables as it takes.
+    def map_frames(self, pages: Pages, frames: NDArray[np.int64], pool: FramePool, fate: NDArray[np.int8]) -> Steps:
+        """Map frames of one pool, which QEMU has been given, over protected pages that hold the same bytes.
 
         :param frames: the frame (its number in the pool) of each page, shape ``(n,)``.
-        :returns: how many of the pages, from the first on, were mapped; fewer than all if the host had no more
-            memory or mappings.
+        :param fate: shape ``(n,)``, all 0; becomes MAPPED, or DIFFERS for a run of pages of which one does not hold
+            what its frame holds; what stays 0 was not reached, as the host had no more memory or mappings.
+        :returns: how many of the pages were mapped.
         """
-        number = self._pool_numbers[pool.inode]
-        hvas = self.hvas[pages]
-        new = (np.diff(hvas) != PAGE_SIZE) | (np.diff(frames) != 1)
-        starts = np.concatenate([[0], np.flatnonzero(new) + 1]) if len(pages) else np.empty(0, dtype=np.int64)
-        ends = np.append(starts[1:], len(pages))
-        table = np.zeros((len(starts), 8), dtype=np.uint64)
-        table[:, 0] = syscalls.NR_MMAP
-        table[:, 1] = table[:, 7] = hvas[starts]
-        table[:, 2] = (ends - starts) * PAGE_SIZE
-        table[:, 3] = syscalls.PROT_READ | syscalls.PROT_WRITE
-        table[:, 4] = syscalls.MAP_PRIVATE | syscalls.MAP_FIXED | syscalls.MAP_NORESERVE
-        table[:, 5] = number
-        table[:, 6] = frames[starts] * PAGE_SIZE
-        done = yield from self._remap(table, _FRAME_FLAGS)
-        mapped = int(ends[done - 1]) if done else 0
-        self._unregistered[pages[:mapped]] = True
-        return mapped
+        table, ends = tables.mapping_frames(self.hvas[pages], frames, self._pool_numbers[pool.file])
+        row = 0
+        for _ in range(_MOST_DIFFERENCES):
+            done = yield from self._remap(table[row:])
+            first, end = int(ends[row - 1]) if row else 0, int(ends[row + done - 1]) if row + done else 0
+            fate[first:end] = MAPPED
+            self._unregistered[pages[first:end]] = True
+            row += done
+            if row == len(table) or not self._stopped_at_a_difference:
+                return int((fate == MAPPED).sum())
+            fate[end : int(ends[row])] = DIFFERS
+            row += 1
+            if row == len(table):
+                return int((fate == MAPPED).sum())
+        error = ConnectionLostError("its protected pages change all the time")
+        self.lose(error)
+        raise self.lost_error() from error
 
     def map_nothing(self, pages: Pages, anonymous: NDArray[np.bool_]) -> Steps:
         """Give the memory of protected pages back: they read as zeros afterwards. Returns how many, as map_frames.
 
-        :param anonymous: which pages lie in anonymous memory, where the page can just be dropped; the others get a
-            new anonymous mapping.
+        :param anonymous: which pages lie in anonymous memory.
         """
-        hvas = self.hvas[pages]
-        new = (np.diff(hvas) != PAGE_SIZE) | np.diff(anonymous)
-        starts = np.concatenate([[0], np.flatnonzero(new) + 1]) if len(pages) else np.empty(0, dtype=np.int64)
-        ends = np.append(starts[1:], len(pages))
-        drop = anonymous[starts]
-        table = np.zeros((len(starts), 8), dtype=np.uint64)
-        table[:, 0] = np.where(drop, syscalls.NR_MADVISE, syscalls.NR_MMAP)
-        table[:, 1] = hvas[starts]
-        table[:, 2] = (ends - starts) * PAGE_SIZE
-        table[:, 3] = np.where(drop, syscalls.MADV_DONTNEED, syscalls.PROT_READ | syscalls.PROT_WRITE)
-        flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED | syscalls.MAP_NORESERVE
-        table[~drop, 4] = flags
-        table[~drop, 5] = np.uint64(2**64 - 1)
-        table[~drop, 7] = hvas[starts[~drop]]
-        done = yield from self._remap(table, tuple(_ADVICE) if not drop.all() else ())
+        table, ends = tables.emptying(self.hvas[pages], anonymous)
+        done = yield from self._remap(table)
         emptied = int(ends[done - 1]) if done else 0
         self._unregistered[pages[:emptied][~anonymous[:emptied]]] = True
         return emptied
 
-    def _remap(self, table: NDArray[np.uint64], flags: tuple[str, ...]) -> Steps:
-        # How many calls of the table were done. The flags of the old mappings are put back after each batch.
+    def _remap(self, table: Table) -> Steps:
+        # How many calls of the table were done. What QEMU had set on the old mappings is put back after each batch.
         session = self.working_session()
         at_once = BATCH_ENTRIES if MAPPING_OVER_IS_SAFE else BATCH_ENTRIES // 2
+        self._stopped_at_a_difference = False
+        ranges = self.ram.range_of_hvas(table[:, 1].astype(np.int64))
         done = 0
         while done < len(table):
             batch = table[done : done + at_once]
-            maps = batch[:, 0] == syscalls.NR_MMAP
-            growth = 2 * int(maps.sum())
+            growth = 2 * int(((batch[:, 0] & np.uint64(0xFFFF)) == syscalls.NR_MMAP).sum())
             if growth > self._mappings_left:
                 self.count_mappings()
                 if growth > self._mappings_left:
                     break
-            calls, ends = (batch, np.arange(1, len(batch) + 1)) if MAPPING_OVER_IS_SAFE else self._beside(batch, maps)
-            advice = self._advice_for(batch, flags, control_area.TABLE_ENTRIES - len(calls))
-            session.post(np.concatenate([calls, np.array(advice, dtype=np.uint64).reshape(-1, 8)]))
+            calls, ends = batch, np.arange(1, len(batch) + 1)
+            if not MAPPING_OVER_IS_SAFE:
+                calls, ends = tables.beside(batch, session.side_address, session.pid_inside)
+            most = control_area.TABLE_ENTRIES - len(calls)
+            advice = tables.restoring(batch, self._kept, ranges[done : done + len(batch)], most)
+            began_s = time.monotonic()
+            with self._asking():
+                session.post(np.concatenate([calls, np.array(advice, dtype=np.uint64).reshape(-1, 8)]))
             self._mappings_left -= growth
-            yield
-            session.await_answer()
+            yield session
+            with self._asking():
+                session.await_answer()
             finished = int(np.searchsorted(ends, session.done, side="right"))
+            self._stopped_at_a_difference = finished < len(batch) and session.result(session.done) == NOT_EQUAL
+            if _log.isEnabledFor(logging.DEBUG):
+                took_us = (time.monotonic() - began_s) * 1e6
+                _log.debug("guest %s: %d of %d mappings, %.0f us", self.process.name, finished, len(batch), took_us)
             done += finished
             if finished < len(batch):
-                self._clear_side(self.mappings())
+                with self._asking():
+                    self._clear_side(session, self.target.mappings())
                 break
         return done
 
-    def _beside(
-        self, batch: NDArray[np.uint64], maps: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        # Each mmap of the batch as two calls: map beside, move into place. Also the place after the last call of each.
-        side = self.working_session().control.side_address
-        counts = np.where(maps, 2, 1)
-        ends = np.cumsum(counts)
-        calls = np.repeat(batch, counts, axis=0)
-        made, moved = ends[maps] - 2, ends[maps] - 1
-        calls[made, 1] = calls[made, 7] = side
-        calls[made, 4] ^= np.uint64(syscalls.MAP_FIXED | syscalls.MAP_FIXED_NOREPLACE)
-        place, length = batch[maps, 1], batch[maps, 2]
-        calls[moved] = 0
-        calls[moved, 0] = syscalls.NR_MREMAP
-        calls[moved, 1] = side
-        calls[moved, 2] = calls[moved, 3] = length
-        calls[moved, 4] = syscalls.MREMAP_MAYMOVE | syscalls.MREMAP_FIXED
-        calls[moved, 5] = calls[moved, 7] = place
-        return calls, ends
-
-    def _advice_for(self, batch: NDArray[np.uint64], flags: tuple[str, ...], most: int) -> list[list[int]]:
-        # At most ``most`` calls that put flags back onto the mappings of a batch.
-        gap_bytes = _ADVICE_GAP_BYTES
-        while True:
-            stretches = self._stretches(batch, gap_bytes)
-            advice = [row for start, length in stretches for row in self._advise(start, length, flags)]
-            if len(advice) <= most:
-                return advice
-            gap_bytes *= 2
-
-    def _stretches(self, batch: NDArray[np.uint64], gap_bytes: int) -> list[tuple[int, int]]:
-        # (address, bytes) of stretches of one RAM range that hold the mappings of a batch, with no larger gaps inside.
-        starts = batch[:, 1].astype(np.int64)
-        ends = starts + batch[:, 2].astype(np.int64)
-        row = np.searchsorted(self._hva_starts, starts, side="right") - 1
-        gaps = starts[1:] - ends[:-1]
-        (breaks,) = np.nonzero((np.diff(row) != 0) | (gaps > gap_bytes))
-        firsts, lasts = starts[[0, *(breaks + 1)]], ends[[*breaks, -1]]
-        return list(zip(firsts.tolist(), (lasts - firsts).tolist(), strict=True))
-
-    # -- memory of its own -----------------------------------------------------------------------------------------
-
-    def make_private(self, pages: Pages, filled: NDArray[np.bool_]) -> int:
+    def make_private(self, pages: Pages, filled: NDArray[np.bool_]) -> Steps:
         """Give protected pages memory of their own: copied beside, then moved into place.
 
         :param pages: at most MOVED_PAGES, in at most BATCH_ENTRIES runs.
@@ -658,50 +713,32 @@ class Attachment:
         :raises HostMemoryError: the host has no memory for them; nothing was moved.
         """
         session = self.working_session()
-        runs = self._runs(pages)
-        side = session.control.side_address
-        places: list[int] = []
-        at = side
-        for start, length in runs:
-            if length >= _HUGE_BYTES:  # keep the place within 2 MiB, so that it can be a huge page
-                at += (start - at) % _HUGE_BYTES
-            places.append(at)
-            at += length
-        length = at - side
-        all_huge = all(size >= _HUGE_BYTES for _, size in runs)
-        # Small pieces must not become huge pages while they are built: most of one would be thrown away again.
-        before = tuple(_ADVICE) if all_huge else ("dd", "dc", "mg")
-        anonymous = (
-            syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED_NOREPLACE | syscalls.MAP_NORESERVE
+        runs = self.ram.runs(pages)
+        ranges = self.ram.range_of_hvas(np.array([start for start, _ in runs], dtype=np.int64))
+        moves = tables.copying(
+            self.hvas[pages],
+            filled,
+            runs,
+            [self._kept[at] for at in ranges.tolist()],
+            side=session.side_address,
+            pid=session.pid_inside,
+            addresses=session.pieces_addresses,
         )
-        both = syscalls.PROT_READ | syscalls.PROT_WRITE
-        table = [[syscalls.NR_MMAP, side, length, both, anonymous, 2**64 - 1, 0, side]]
-        table += self._advise(side, length, before)
-        copies, copied_bytes = self._fill_pieces(session, pages, filled, runs, places)
-        if copies:
-            control = session.control
-            local = control.code_address + control_area.LOCAL_PIECES
-            remote = control.code_address + control_area.REMOTE_PIECES
-            table.append(
-                [syscalls.NR_PROCESS_VM_READV, self._pid_inside(), local, copies, remote, copies, 0, copied_bytes]
-            )
-        if not all_huge:
-            table += self._advise(side, length, ("hg", "nh"))
-        before_moves = len(table)
-        flags = syscalls.MREMAP_MAYMOVE | syscalls.MREMAP_FIXED
-        table += [
-            [syscalls.NR_MREMAP, place, size, size, flags, start, 0, start]
-            for (start, size), place in zip(runs, places, strict=True)
-        ]
-        table.append([syscalls.NR_MUNMAP, side, length, 0, 0, 0, 0, 0])
-        done = session.run(np.array(table, dtype=np.uint64))
+        with self._asking():
+            session.set_pieces(moves.pieces)
+            session.post(moves.table)
+        yield session
+        with self._asking():
+            session.await_answer()
+        done = session.done
         self._mappings_left -= len(runs)
-        moved_runs = min(max(done - before_moves, 0), len(runs))
+        moved_runs = min(max(done - moves.before_moves, 0), len(runs))
         moved = sum(size for _, size in runs[:moved_runs]) >> PAGE_SHIFT
         self._unregistered[pages[:moved]] = True
-        if done < len(table):
+        if done < len(moves.table):
             failure = session.failure(done, "copying pages back")
-            self._clear_side(self.mappings())
+            with self._asking():
+                self._clear_side(session, self.target.mappings())
             if not moved:
                 raise HostMemoryError(
                     f"no memory to give pages of guest {self.process.name} their own copy: {failure}",
@@ -710,41 +747,15 @@ class Attachment:
                 ) from failure
         return moved
 
-    def _fill_pieces(
-        self, session: Session, pages: Pages, filled: NDArray[np.bool_], runs: list[tuple[int, int]], places: list[int]
-    ) -> tuple[int, int]:
-        # What process_vm_readv copies, from where to where; returns how many pieces and bytes.
-        hvas = self.hvas[pages]
-        shifts = np.repeat(
-            np.array(places, dtype=np.int64) - np.array([start for start, _ in runs], dtype=np.int64),
-            [size >> PAGE_SHIFT for _, size in runs],
-        )
-        hvas, shifts = hvas[filled], shifts[filled]
-        new = (np.diff(hvas) != PAGE_SIZE) | (np.diff(shifts) != 0)
-        starts = np.concatenate([[0], np.flatnonzero(new) + 1]) if len(hvas) else np.empty(0, dtype=np.int64)
-        lengths = (np.append(starts[1:], len(hvas)) - starts) * PAGE_SIZE
-        session.local_pieces["base"][: len(starts)] = hvas[starts] + shifts[starts]
-        session.remote_pieces["base"][: len(starts)] = hvas[starts]
-        for pieces in (session.local_pieces, session.remote_pieces):
-            pieces["length"][: len(starts)] = lengths
-        return len(starts), int(lengths.sum())
-
-    def _clear_side(self, mappings: Mappings) -> None:
+    @staticmethod
+    def _clear_side(session: Session, mappings: Mappings) -> None:
         # Whatever a memshr that died, or a table that stopped, has left where pages are built. Nothing of QEMU's is
         # there: the addresses are ours from the moment on that the agent was put in.
-        session = self.working_session()
-        side = session.control.side_address
+        side = session.side_address
         inside = (side <= mappings.start) & (mappings.start < side + control_area.SIDE_BYTES)
         left = [
             [syscalls.NR_MUNMAP, mapping.start, mapping.end - mapping.start, 0, 0, 0, 0, 0]
             for mapping in mappings.of(inside)
         ]
-        if left:
-            session.run(np.array(left[: control_area.TABLE_ENTRIES], dtype=np.uint64))
-
-    def _pid_inside(self) -> int:
-        # QEMU's own idea of its pid, which in a container is another.
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-        raise self.gone()
+        for first in range(0, len(left), control_area.TABLE_ENTRIES):
+            session.run(np.array(left[first : first + control_area.TABLE_ENTRIES], dtype=np.uint64))

@@ -5,10 +5,10 @@ books keep as little as they can and ask for the rest:
 
 * ``frame``: the frame that is mapped at each page, as /proc/PID/maps says; rebuilt from there at every start (I11).
   Whether the page still *is* the frame, or already the guest's own copy, is read from the pagemap whenever it matters.
-* ``phase`` and ``handle``: which pages are nominated, and in flight. They live and die with this process: handles are
-  names of versions, and nobody can know what happened to a page while nobody watched. ``lock`` is held to change them.
+* ``states``: which pages are nominated, and in flight (``PageStates``). They live and die with this process: handles
+  are names of versions, and nobody can know what happened to a page while nobody watched.
 
-Pages of all guests are in one count, their *ids*; ``hypervisor`` changes these books, nobody else does.
+Pages of all guests are in one count, their *ids*. Nobody but ``hypervisor`` and ``remapping`` changes these books.
 
 Frame numbers (mfn) are ``pool << 32 | frame`` with the pool's place in ``pools``.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
+import errno
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -25,15 +25,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.errors import BackendError, InvariantError, MemshrError, NoSuchDomainError, Status
+from memshr.errors import BackendError, DomainError, InvariantError, NoSuchDomainError, Status
 from memshr.hypervisor import error_of
 from memshr.procfs import Mappings
 from memshr.qemu import pagemap
 from memshr.qemu.agent import is_in_session
-from memshr.qemu.attachment import Attachment
+from memshr.qemu.attachment import Attachment, GuestState
 from memshr.qemu.guests import GuestProcess, find_guests
 from memshr.qemu.lock import holder_of
 from memshr.qemu.pool import FramePool, fits_pool
+from memshr.qemu.states import Ids, PageStates
 from memshr.types import (
     PAGE_SIZE,
     AuditFinding,
@@ -49,17 +50,12 @@ from memshr.types import (
     page_buffer,
 )
 
-Ids = NDArray[np.int64]
-"""pages of all guests in one count: those of the first guest, then those of the second, ..."""
-
 POOL_SHIFT: Final = 32
 NOWHERE: Final = -1
-_FIRST_HANDLE: Final = 2
 _FEW_PAGES: Final = 1 << 16
 """So many pages may always be remapped before the index by frame is made anew; more if it is large."""
 _SPARSE: Final = 16
 """Numbers of a range that is so many times as large as they are many are sooner sorted than counted."""
-PLAIN, NOMINATED, IN_FLIGHT = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +119,6 @@ class GuestBooks:
     def __init__(self, processes: Sequence[GuestProcess], groups: Mapping[str, Collection[int]]) -> None:
         self.guests: list[Attachment] = []
         self.pools: list[PoolBooks] = []
-        self.lock = threading.Lock()
         try:
             for number, process in enumerate(processes, start=1):
                 self.guests.append(Attachment(DomId(number), process))
@@ -131,9 +126,7 @@ class GuestBooks:
             self.base = np.concatenate([[0], np.cumsum([guest.pages for guest in self.guests])]).astype(np.int64)
             total = int(self.base[-1])
             self.frame = np.full(total, NOWHERE, dtype=np.int64)
-            self.phase = np.zeros(total, dtype=np.uint8)
-            self.handle = np.zeros(total, dtype=np.uint64)
-            self._next_handle = _FIRST_HANDLE
+            self.states = PageStates(self.guests)
             self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
             self._weights += np.uint64(1)
             self._buffer = page_buffer(512)
@@ -149,11 +142,12 @@ class GuestBooks:
 
     def close(self) -> None:
         """End every session and close every file."""
-        for guest in self.guests:
-            guest.close()
-        for pool in self.pools:
-            pool.pool.close()
-        self.guests, self.pools = [], []
+        with contextlib.ExitStack() as closing:  # each, whatever the others do
+            for pool in self.pools:
+                closing.callback(pool.pool.close)
+            for guest in self.guests:
+                closing.callback(guest.close)
+            self.guests, self.pools = [], []
 
     # -- the truth of the host ----------------------------------------------------------------------------------------
 
@@ -161,6 +155,7 @@ class GuestBooks:
         """Read from what QEMU has mapped which frame is at each page of a guest that we have not changed since."""
         if mappings is self._read_from.get(guest.domid):
             return
+        self._read_from.pop(guest.domid, None)  # if this fails half-way, the next one reads anew
         base = int(self.base[guest.domid - 1])
         frames, findings = self._mapped_frames(guest, mappings)
         if findings:
@@ -168,6 +163,11 @@ class GuestBooks:
         self.note_frames(guest, np.arange(base, base + guest.pages), frames)
         self.give_frame_handles(frames[guest.in_pool])  # older, and so smaller, than any that is yet to come
         self._read_from[guest.domid] = mappings
+
+    def forget(self, guest: Attachment) -> None:
+        """A guest's session has been given up: what is mapped there is to be read anew, and nothing is nominated."""
+        self._read_from.pop(guest.domid, None)
+        self.states.forget(guest)
 
     def note_frames(self, guest: Attachment, ids: Ids, frames: NDArray[np.int64]) -> None:
         """Note which frames are mapped at these pages of a guest now (NOWHERE: none)."""
@@ -203,15 +203,15 @@ class GuestBooks:
     def _mapped_frames(self, guest: Attachment, mappings: Mappings) -> tuple[NDArray[np.int64], list[AuditFinding]]:
         frames = np.full(guest.pages, NOWHERE, dtype=np.int64)
         findings = []
-        known: dict[int, int] = {books.pool.inode: number for number, books in enumerate(self.pools)}
+        known = {books.pool.file: number for number, books in enumerate(self.pools)}
         for mapped in guest.pool_mappings(mappings):
             sample = mapped.sample
-            number = known.get(sample.inode)
+            number = known.get(mapped.file)
             if number is None:
                 try:
                     pool = FramePool.adopt(guest.process.pid, sample)
                 except OSError as error:
-                    raise guest.gone() from error
+                    raise guest.failed(error) from error
                 if pool is None:
                     findings.append(
                         AuditFinding(
@@ -220,16 +220,21 @@ class GuestBooks:
                             None,
                             None,
                             "frame pools that memshr made",
-                            f"a mapping at {sample.start:#x} that only calls itself a pool of {mapped.group}",
+                            f"a mapping at {sample.start:#x} that only calls itself one: {sample.path}",
                             "the guest's QEMU pretends to share",
                         )
                     )
                     continue
+                # The mapping may have become another since it was looked at: what was opened is what counts.
+                number = known.get(pool.file)
+                if number is not None or pool.file != mapped.file:
+                    pool.close()
+                    raise guest.failed(OSError(errno.EAGAIN, "it changed its mappings"))
                 number = len(self.pools)
-                known[pool.inode] = number
+                known[pool.file] = number
                 self.pools.append(PoolBooks(pool))
             self.pools[number].seen_in.add(guest.domid)
-            pages = guest.pages_of_hvas(mapped.hvas)
+            pages = guest.ram.pages_of_hvas(mapped.hvas)
             inside = pages >= 0
             frames[pages[inside]] = (number << POOL_SHIFT) + mapped.frames[inside]
         return frames, findings
@@ -243,7 +248,9 @@ class GuestBooks:
             try:
                 found[some] = pagemap.on_frame(guest.entries(self.local(guest, ids[some])))
             except NoSuchDomainError:
-                found[some] = False
+                found[some] = False  # nobody reads there any more
+            except DomainError:
+                continue  # it was given up just now: it may still read all that is mapped in it
         return found
 
     def readers(self) -> tuple[Ids, NDArray[np.int64]]:
@@ -261,7 +268,19 @@ class GuestBooks:
         return np.asarray(ids - self.base[guest.domid - 1])
 
     def guest(self, domid: int, call: str) -> Attachment:
-        if 0 < domid <= len(self.guests) and not self.guests[domid - 1].dead:
+        """The guest with this domid.
+
+        :raises NoSuchDomainError: there is none, or it has ended. :raises RefusedDomainError: it was given up, or it is
+            dom0's number.
+        """
+        guest = self.present_guest(domid, call)
+        if guest.state is GuestState.LOST:
+            raise guest.lost_error()
+        return guest
+
+    def present_guest(self, domid: int, call: str) -> Attachment:
+        """``guest``, also one that was given up."""
+        if 0 < domid <= len(self.guests) and self.guests[domid - 1].state is not GuestState.GONE:
             return self.guests[domid - 1]
         raise error_of(call, Status.EPERM if domid == 0 else Status.ESRCH, domid=domid)
 
@@ -279,34 +298,23 @@ class GuestBooks:
             statuses[rows] = np.where(local >= 0, Status.OK, Status.EINVAL)
         return ids, statuses
 
-    def note_end(self, guest: Attachment, error: MemshrError) -> None:
-        # A guest that has ended is left out from now on; one that lives but does not answer is the caller's to know.
-        if guest.process.running and not guest.dead:
-            raise error
-        guest.dead = True
-
     def has_ended(self, ids: Ids) -> NDArray[np.bool_]:
-        """Which pages are of guests that have ended."""
+        """Which pages are of guests that have ended, or were given up."""
         dead = np.array([guest.dead for guest in self.guests])
         return np.asarray(dead[np.searchsorted(self.base, ids, side="right") - 1])
 
     def place(self, page: int) -> tuple[DomId, Gfn]:
         guest = self.guests[int(np.searchsorted(self.base, page, side="right")) - 1]
-        return guest.domid, Gfn(int(guest.gfns_of_pages(np.array([page - self.base[guest.domid - 1]]))[0]))
+        return guest.domid, Gfn(int(guest.ram.gfns_of_pages(np.array([page - self.base[guest.domid - 1]]))[0]))
 
     # -- handles of frames --------------------------------------------------------------------------------------------
-
-    def new_handles(self, count: int) -> Handles:
-        first = self._next_handle
-        self._next_handle += count
-        return np.arange(first, first + count, dtype=np.uint64)
 
     def give_frame_handles(self, frames: NDArray[np.int64]) -> Handles:
         # A frame that was shared by an earlier memshr has no handle yet.
         handles = np.zeros(len(frames), dtype=np.uint64)
         for books, rows, numbers in self.by_pool(frames):
             without = _distinct(numbers[books.handles[numbers] == 0])
-            books.handles[without] = self.new_handles(len(without))
+            books.handles[without] = self.states.new_handles(len(without))
             handles[rows] = books.handles[numbers]
         return handles
 
@@ -359,7 +367,7 @@ class GuestBooks:
         whenever there are other sessions than before. A guest in which we have only looked may be in somebody else's
         hand, who knows the pool from there even while nothing of it is mapped.
         """
-        if any(self.guests[domid - 1].session is None and not self.guests[domid - 1].dead for domid in books.seen_in):
+        if any(self.guests[domid - 1].session is None and not self.guests[domid - 1].gone for domid in books.seen_in):
             return False
         attached = frozenset(guest.domid for guest in self.guests if guest.session is not None)
         if books.judged_for != attached:
@@ -376,14 +384,14 @@ class GuestBooks:
             # A table that a dead memshr has left may be about to map any pool.
             if is_in_session(process.pid) and holder_of(process.pid) is None:
                 return True
-            return bool((process.mappings().inode == pool.inode).any())
+            return bool(process.mappings().of_file(pool.file).any())
         except OSError:
             return process.running
 
     def look_again(self) -> None:
         # At guests without a session somebody else may be at work: there are no beliefs about them, only looks.
         for guest in self.guests:
-            if guest.session is None and not guest.dead:
+            if guest.session is None and not guest.gone:
                 with contextlib.suppress(NoSuchDomainError):
                     self.rebuild(guest, guest.mappings())
 
@@ -393,10 +401,8 @@ class GuestBooks:
         base = int(self.base[guest.domid - 1])
         in_pool = np.flatnonzero(guest.in_pool)
         sharing = int(self.on_frame(base + in_pool).sum()) if len(in_pool) else 0
-        if not len(in_pool) and not guest.process.running:
-            guest.dead = True
-        if guest.dead:
-            raise guest.gone()
+        if guest.gone:
+            raise guest.ended()
         return GuestFigures(
             domid=guest.domid,
             name=guest.process.name,
@@ -404,7 +410,7 @@ class GuestBooks:
             group=self.groups[guest.domid - 1],
             sharing_pages=sharing,
             copied_pages=len(in_pool) - sharing,
-            nominated_pages=int((self.phase[base : base + guest.pages] == NOMINATED).sum()),
+            nominated_pages=int(self.states.nominated(np.arange(base, base + guest.pages)).sum()),
             absent_pages=0,
             mappings_left=guest.mappings_left,
         )
@@ -414,7 +420,7 @@ class GuestBooks:
         guest = self.guest(domid, "guest_figures")
         figures = self.figures(guest)
         entries = guest.entries(np.arange(guest.pages))
-        absent = ~pagemap.is_there(entries) | guest.pagemap.zero_pages(entries)
+        absent = ~pagemap.is_there(entries) | guest.zero_pages(entries)
         guest.count_mappings()
         return dataclasses.replace(
             figures, absent_pages=int((absent & ~guest.in_pool).sum()), mappings_left=guest.mappings_left
@@ -439,7 +445,7 @@ class GuestBooks:
         return self._counters(len(frames), len(self._distinct_frames(frames)))
 
     def _counters(self, sharing_pages: int, frames: int) -> Counters:
-        nominated = int((self.phase == NOMINATED).sum())
+        nominated = len(self.states.all_nominated())
         return Counters(freed_pages=sharing_pages - frames, used_frames=frames + nominated)
 
     def audit(self) -> AuditReport:
@@ -453,7 +459,7 @@ class GuestBooks:
         findings: list[AuditFinding] = []
         xen_errors = 0
         for guest in self.guests:
-            if guest.dead:
+            if guest.gone:
                 continue
             try:
                 mappings = guest.mappings()
@@ -487,8 +493,7 @@ class GuestBooks:
                         )
                     )
         ids, frames = self.readers()
-        with self.lock:
-            both = ids[self.phase[ids] == NOMINATED]
+        both = ids[self.states.nominated(ids)]
         for page in both.tolist():
             domid, gfn = self.place(page)
             findings.append(

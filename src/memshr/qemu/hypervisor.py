@@ -16,6 +16,7 @@ The rules:
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NoReturn
 
@@ -24,9 +25,9 @@ from numpy.typing import NDArray
 
 from memshr.errors import (
     ConnectionLostError,
+    DomainError,
     HostMemoryError,
     InvariantError,
-    MemshrError,
     NoSuchDomainError,
     RefusedDomainError,
     SharingDisabledError,
@@ -35,25 +36,18 @@ from memshr.errors import (
 )
 from memshr.hypervisor import NOT_BACKED, Capability, error_of
 from memshr.qemu import pagemap
-from memshr.qemu.agent import Injector
-from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment
-from memshr.qemu.books import (
-    IN_FLIGHT,
-    NOMINATED,
-    NOWHERE,
-    PLAIN,
-    POOL_SHIFT,
-    GuestBooks,
-    GuestFigures,
-    Ids,
-    PoolBooks,
-    PoolFigures,
-)
+from memshr.qemu.agent import Session
+from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment, GuestState
+from memshr.qemu.books import NOWHERE, POOL_SHIFT, GuestBooks, GuestFigures, PoolBooks, PoolFigures
 from memshr.qemu.guests import GuestProcess
+from memshr.qemu.injection import Injector
 from memshr.qemu.lock import GuestLock
+from memshr.qemu.monitor import MonitorError
 from memshr.qemu.pool import FramePool
 from memshr.qemu.protection import WriteWatch
 from memshr.qemu.remapping import Remapping
+from memshr.qemu.states import Ids
+from memshr.qemu.syscalls import MPOL_BIND, MPOL_MODE_FLAGS
 from memshr.types import (
     PAGE_SIZE,
     AuditReport,
@@ -70,7 +64,13 @@ from memshr.types import (
     page_buffer,
 )
 
+_log = logging.getLogger(__name__)
+
 _WINDOW_PAGES: Final = MOVED_PAGES
+_NOMINATED_TOGETHER: Final = 64
+"""Pieces of a guest with direct drives that are nominated together, while its disk requests are waited for once."""
+_ROUNDS: Final = 20
+"""How often pages that a guest with direct drives wrote just then are tried anew."""
 DEFAULT_RESERVE_BYTES: Final = 256 << 20
 """Memory of the host that sharing and unsharing leave alone."""
 
@@ -98,17 +98,15 @@ class QemuHypervisor:
     ) -> None:
         self._reserve_bytes = reserve_bytes
         self._locks: dict[int, GuestLock] = {}
-        self._watch: WriteWatch | None = None
+        self._watches: dict[int, WriteWatch] = {}
         self._injector = Injector()
         self._enabled = [False] * len(processes)
         self._chosen_pool: dict[str, int] = {}
         self._books = GuestBooks(processes, groups or {})
+        self._states = self._books.states
         self._remapping = Remapping(self._books)
-        try:
-            self._watch = WriteWatch(self._on_writes, self._on_end, self._on_failure)
-        except BaseException:
-            self.close()
-            raise
+        for guest in self._books.guests:
+            guest.on_lost = self._on_lost
 
     def __enter__(self) -> QemuHypervisor:
         return self
@@ -117,45 +115,37 @@ class QemuHypervisor:
         self.close()
 
     def close(self) -> None:
-        """End all nominations and sessions, close every file. What is shared stays shared."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-        self._books.close()
-        self._injector.close()
-        for lock in self._locks.values():
-            lock.release()
-        self._locks = {}
+        """End all nominations and sessions, close every file. What is shared stays shared.
 
-    # -- what the write watch calls, in its thread -----------------------------------------------------------------
+        Each of these is done whatever becomes of the others; the last error is raised then.
+        """
+        with contextlib.ExitStack() as closing:
+            for lock in self._locks.values():
+                closing.callback(lock.release)
+            closing.callback(self._injector.close)
+            closing.callback(self._books.close)
+            self._locks = {}
 
-    def _on_writes(self, uffd: int, addresses: NDArray[np.int64]) -> None:
-        guest = next((each for each in self._books.guests if each.session and each.session.uffd == uffd), None)
-        if guest is None:
-            return
-        local = guest.pages_of_hvas(addresses)
-        local = np.unique(local[local >= 0])
-        ids = local + self._books.base[guest.domid - 1]
-        with self._books.lock:
-            standing = self._books.phase[ids] != IN_FLIGHT
-            self._books.phase[ids[standing]] = PLAIN
-            self._books.handle[ids[standing]] = 0
-            # Inside the lock: once it is open, the page may be nominated, and so protected, anew.
-            try:
-                guest.unprotect(local[standing])
-            except NoSuchDomainError:
-                guest.dead = True
+    @property
+    def trouble(self) -> tuple[str, ...]:
+        """A line for each guest that was given up, and one if pages were found to have lost their protection."""
+        lines = [str(guest.lost_error()) for guest in self._books.guests if guest.state is GuestState.LOST]
+        if pages := self._remapping.unprotected_pages:
+            lines.append(
+                f"{pages:,} pages were no longer protected when they were to be shared, and were left alone;"
+                " something else on this host changes guest memory (docs/nominations.md)"
+            )
+        return tuple(lines)
 
-    def _on_failure(self) -> None:
-        # Nobody hears of writes any more: without sessions nothing is protected and nobody waits.
-        for guest in self._books.guests:
-            if guest.session is not None:
-                guest.session.abandon()
+    def _on_lost(self, guest: Attachment) -> None:
+        # Whoever it was that gave the session up, maybe the watch itself.
+        watch = self._watches.pop(guest.domid, None)
+        if watch is not None:
+            watch.end()
+        self._books.forget(guest)
 
-    def _on_end(self, uffd: int) -> None:
-        for guest in self._books.guests:
-            if guest.session and guest.session.uffd == uffd:
-                guest.dead = True
+    def _watch(self, guest: Attachment, session: Session) -> None:
+        self._watches[guest.domid] = WriteWatch(guest, session, self._states.written)
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -168,15 +158,14 @@ class QemuHypervisor:
         """The guests that are still there, in order of domid."""
         found = []
         for guest in self._books.guests:
-            try:
-                found.append(self.domain_info(guest.domid))
-            except NoSuchDomainError:
-                continue
+            if not guest.dead and not guest.gone:
+                with contextlib.suppress(NoSuchDomainError):
+                    found.append(self.domain_info(guest.domid))
         return found
 
     def names(self) -> dict[DomId, str]:
         """As the seam says."""
-        guests = [guest for guest in self._books.guests if not guest.dead and guest.process.running]
+        guests = [guest for guest in self._books.guests if not guest.gone and not guest.dead]
         return {guest.domid: guest.process.name for guest in guests}
 
     def domain_info(self, domid: DomId) -> DomainInfo:
@@ -197,7 +186,7 @@ class QemuHypervisor:
         """As the seam says: QEMU's RAM ranges."""
         guest = self._books.guest(domid, "populated_ranges")
         ranges: list[list[int]] = []
-        for first, pages in zip(guest.first_gfns.tolist(), guest.range_pages.tolist(), strict=True):
+        for first, pages in zip(guest.ram.first_gfns.tolist(), guest.ram.range_pages.tolist(), strict=True):
             if ranges and sum(ranges[-1]) == first:
                 ranges[-1][1] += pages
             else:
@@ -227,7 +216,7 @@ class QemuHypervisor:
             entries = guest.entries(self._books.local(guest, mine))
             mapped = self._books.frame[mine]
             frames = np.where(pagemap.on_frame(entries), mapped, NOWHERE)
-            absent = ~pagemap.is_there(entries) | guest.pagemap.zero_pages(entries)
+            absent = ~pagemap.is_there(entries) | guest.zero_pages(entries)
             frames[absent & (mapped == NOWHERE)] = NOT_BACKED
             found[there[rows]] = frames
         return found
@@ -251,7 +240,7 @@ class QemuHypervisor:
             where = good[rows]
             try:
                 guest.read_scattered(self._books.local(guest, ids[where]), out, where)
-            except NoSuchDomainError:
+            except DomainError:
                 statuses[where] = Status.ESRCH
         return statuses
 
@@ -262,17 +251,41 @@ class QemuHypervisor:
 
         :raises RefusedDomainError: the guest must not be touched; ``reasons`` has each reason with its remedy.
         """
-        guest = self._books.guest(domid, "control")
+        guest = self._books.present_guest(domid, "control")
         if enable and guest.session is None:
-            if domid not in self._locks:
-                self._locks[domid] = GuestLock(guest.process.pid, guest.process.name)
-            mappings = guest.attach(self._injector)
-            assert guest.session is not None
-            assert self._watch is not None
-            self._watch.add(guest.session.uffd)
-            # Only now: the agent may have been at the last table of a memshr that died, until it took our session.
-            self._books.rebuild(guest, mappings)
+            self._attach(guest)
         self._enabled[domid - 1] = enable
+
+    def _attach(self, guest: Attachment) -> None:
+        fresh = guest.domid not in self._locks
+        if fresh:
+            self._locks[guest.domid] = GuestLock(guest.process.pid, guest.process.name)
+        try:
+            available = max(0, guest.target.host_available_bytes() - self._reserve_bytes)
+            mappings = guest.attach(self._injector, available, self._watch)
+            try:
+                # Only now: the agent may have been at the last table of a memshr that died, until it took our session.
+                self._books.rebuild(guest, mappings)
+            except BaseException:
+                guest.drop_session()
+                raise
+        except BaseException:
+            if fresh:
+                self._locks.pop(guest.domid).release()
+            raise
+
+    def _try_attach(self, guest: Attachment) -> bool:
+        """Attach to a guest, unless that failed before: then only ``control`` tries again. Whether it is attached."""
+        if guest.session is None and guest.why is None and not guest.dead:
+            try:
+                self.control(guest.domid, True)
+            except (DomainError, ConnectionLostError, MonitorError) as error:
+                guest.why = error
+                _log.warning("guest %s (%d) is left alone: %s", guest.process.name, guest.process.pid, error)
+        if guest.session is None:
+            return False
+        self._enabled[guest.domid - 1] = True
+        return True
 
     def nominate_gfn(self, domid: DomId, gfn: Gfn) -> Handle:
         """As the seam says."""
@@ -340,7 +353,7 @@ class QemuHypervisor:
         counts = np.zeros(len(pages), dtype=np.int64)
         ids, statuses = self._books.ids(pages)
         good = np.flatnonzero(statuses == Status.OK)
-        nominated = self._books.phase[ids[good]] == NOMINATED
+        nominated = self._states.nominated(ids[good])
         counts[good[nominated]] = 1
         shared = good[~nominated]
         shared = shared[self._books.on_frame(ids[shared])]
@@ -356,15 +369,15 @@ class QemuHypervisor:
     def nominate_gfns(self, pages: PageArray) -> tuple[Handles, Statuses]:
         """As the seam says. A guest that cannot be attached answers EXDEV; ``control`` says why.
 
-        A guest with drives that read past any protection is stopped for a moment, until their requests have ended.
+        A guest with drives that write into its RAM past any protection goes on, but its requests that are under way are
+        waited for before it answers.
         """
-        self._check_watch()
+        self._check_watches()
         ids, statuses = self._books.ids(pages)
         for domid in np.unique(pages.domids[statuses == Status.OK]).tolist():
-            try:
-                self.control(DomId(domid), True)
-            except MemshrError:
-                statuses[pages.domids == domid] = Status.EXDEV
+            guest = self._books.guests[domid - 1]
+            if not self._try_attach(guest):
+                statuses[pages.domids == domid] = Status.ESRCH if guest.dead else Status.EXDEV
         handles = np.zeros(len(pages), dtype=np.uint64)
         good = np.flatnonzero(statuses == Status.OK)
         distinct, inverse = np.unique(ids[good], return_inverse=True)
@@ -373,35 +386,25 @@ class QemuHypervisor:
         return handles, statuses
 
     def _nominate(self, ids: Ids) -> tuple[Handles, Statuses]:
-        # ``ids`` ascend and are distinct.
+        # ``ids`` ascend and are distinct. Either all that was plain before is nominated, or nothing of it.
         handles = np.zeros(len(ids), dtype=np.uint64)
         statuses = np.zeros(len(ids), dtype=np.int32)
         shared = self._books.on_frame(ids)
         handles[shared] = self._books.give_frame_handles(self._books.frame[ids[shared]])
-        with self._books.lock:
-            already = ~shared & (self._books.phase[ids] == NOMINATED)
-            handles[already] = self._books.handle[ids[already]]
-            fresh = ~shared & ~already
-            new = self._books.new_handles(int(fresh.sum()))
-            self._books.handle[ids[fresh]] = handles[fresh] = new
-            self._books.phase[ids[fresh]] = NOMINATED  # before the protection: the watch must know what it is told of
-        rows = np.flatnonzero(fresh)
-        for guest, some in self._books.by_guest(ids[rows]):
-            mine = ids[rows[some]]
-            try:
-                guest.protect(self._books.local(guest, mine))
-                if guest.must_drain:
-                    guest.drain()
-            except (NoSuchDomainError, ConnectionLostError) as error:
-                self._books.note_end(guest, error)
-                statuses[rows[some]] = Status.ESRCH
-            except HostMemoryError:
-                statuses[rows[some]] = Status.ENOMEM
-        failed = statuses != Status.OK
-        with self._books.lock:
-            self._books.phase[ids[failed]] = PLAIN
-            self._books.handle[ids[failed]] = 0
-        handles[failed] = 0
+        rest = np.flatnonzero(~shared)
+        handles[rest] = self._states.handles(ids[rest])
+        fresh = rest[handles[rest] == 0]
+        try:
+            for guest, rows in self._books.by_guest(ids[fresh]):
+                try:
+                    handles[fresh[rows]] = self._states.nominate(guest, ids[fresh[rows]])
+                except DomainError:
+                    statuses[fresh[rows]] = Status.ESRCH
+                except HostMemoryError:
+                    statuses[fresh[rows]] = Status.ENOMEM
+        except BaseException:
+            self._take_back(ids[fresh])
+            raise
         return handles, statuses
 
     # -- share -----------------------------------------------------------------------------------------------------
@@ -410,7 +413,7 @@ class QemuHypervisor:
         self, sources: PageArray, source_handles: Handles, clients: PageArray, client_handles: Handles
     ) -> Statuses:
         """As the seam says; EXDEV: different trust groups; ENOMEM: the host has no more memory or mappings."""
-        self._check_watch()
+        self._check_watches()
         source_ids, statuses = self._books.ids(sources)
         client_ids, client_statuses = self._books.ids(clients)
         both_holes = (statuses == Status.EINVAL) & (client_statuses == Status.EINVAL)
@@ -431,13 +434,15 @@ class QemuHypervisor:
         statuses[rows[apart]] = Status.EXDEV
         rows = rows[~apart]
         for domid in np.unique(sources.domids[rows]).tolist():
-            try:
-                self.control(DomId(domid), True)
-            except MemshrError:
-                statuses[rows[sources.domids[rows] == domid]] = Status.EXDEV
+            guest = self._books.guests[domid - 1]
+            if not self._try_attach(guest):
+                statuses[rows[sources.domids[rows] == domid]] = Status.ESRCH if guest.dead else Status.EXDEV
         rows = rows[statuses[rows] == Status.OK]
+        bound_elsewhere = self._bound_elsewhere(source_ids[rows], client_ids[rows])
+        statuses[rows[bound_elsewhere]] = Status.EXDEV
+        rows = rows[~bound_elsewhere]
         named = np.unique(np.concatenate([sources.domids[rows], clients.domids[rows]])).tolist()
-        self._hand_over_pools([self._books.guests[domid - 1] for domid in named])
+        self._hand_over_pools([self._books.guests[domid - 1] for domid in named], source_ids[rows])
         while len(rows):
             some = rows[: self._independent(source_ids[rows], client_ids[rows])]
             statuses[some] = self._share(source_ids[some], source_handles[some], client_ids[some], client_handles[some])
@@ -470,11 +475,10 @@ class QemuHypervisor:
         same = (sources == clients) | (
             source_shared & client_shared & (self._books.frame[sources] == self._books.frame[clients])
         )
-        with self._books.lock:
-            good_source = self._valid(sources, source_handles, source_shared)
-            good_client = self._valid(clients, client_handles, client_shared)
-            is_shared = source_shared | (self._books.phase[sources] == NOMINATED)
-            client_is_shared = client_shared | (self._books.phase[clients] == NOMINATED)
+        good_source = self._valid(sources, source_handles, source_shared)
+        good_client = self._valid(clients, client_handles, client_shared)
+        is_shared = source_shared | self._states.nominated(sources)
+        client_is_shared = client_shared | self._states.nominated(clients)
         statuses[~good_client] = Status.C_HANDLE_INVALID
         statuses[~good_source] = Status.S_HANDLE_INVALID
         # A side that is no shared frame at all is named before any handle is looked at.
@@ -495,9 +499,8 @@ class QemuHypervisor:
         # The rest was written while others were in flight, or there was no memory for it.
         left = np.flatnonzero(~done)
         source_shared, client_shared = self._books.on_frame(sources[left]), self._books.on_frame(clients[left])
-        with self._books.lock:
-            good_source = self._valid(sources[left], source_handles[left], source_shared)
-            good_client = self._valid(clients[left], client_handles[left], client_shared)
+        good_source = self._valid(sources[left], source_handles[left], source_shared)
+        good_client = self._valid(clients[left], client_handles[left], client_shared)
         answers = np.where(good_client, Status.ENOMEM, Status.C_HANDLE_INVALID)
         answers = np.where(good_source, answers, Status.S_HANDLE_INVALID)
         ended = self._books.has_ended(sources[left]) | self._books.has_ended(clients[left])
@@ -505,8 +508,8 @@ class QemuHypervisor:
         return statuses
 
     def _valid(self, ids: Ids, handles: Handles, shared: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which handles are those of their pages now; ``shared`` says which pages are on frames. Under the lock."""
-        nominated = ~shared & (self._books.phase[ids] == NOMINATED) & (self._books.handle[ids] == handles)
+        """Which handles are those of their pages at this moment; ``shared`` says which pages are on frames."""
+        nominated = ~shared & (self._states.handles(ids) == handles)
         on_frame = shared & (self._books.frame_handles(ids, shared) == handles)
         return np.asarray((nominated | on_frame) & (handles != 0))
 
@@ -519,20 +522,26 @@ class QemuHypervisor:
         handles = handles[first]
         given = np.zeros(len(ids), dtype=np.bool_)
         for flight in self._remapping.flights(ids, ids):
-            if pagemap.host_available_bytes() - len(flight) * PAGE_SIZE < self._reserve_bytes:
+            if not self._has_room(len(flight)):
                 break
+            some = ids[flight]
+            # Read while nobody waits: reading a page of a QEMU may take as long as that QEMU wants. What was read is
+            # what becomes the frame, once; each page is compared with it before it is mapped over the page.
             try:
-                taken = flight[self._remapping.take(ids[flight], handles[flight])]
-                frames = self._new_frames(ids[taken])
-                landed = self._remapping.map(ids[taken], frames)
-                for books, rows, numbers in self._books.by_pool(frames[landed]):
-                    books.handles[numbers] = handles[taken[landed]][rows]
-                given[taken[landed]] = True
-                self._punch_unread(frames[~landed])
+                frames = self._new_frames(some)
             except HostMemoryError:
                 break
+            landed = np.zeros(len(flight), dtype=np.bool_)
+            there = frames != NOWHERE
+            try:
+                with self._remapping.flight(some):
+                    taken = np.flatnonzero(there & self._remapping.take(some, handles[flight]))
+                    for books, rows, numbers in self._books.by_pool(frames[taken]):
+                        books.handles[numbers] = handles[flight[taken]][rows]
+                    landed[taken] = self._remapping.map(some[taken], frames[taken])
+                    given[flight[landed]] = True
             finally:
-                self._remapping.settle(ids[flight])
+                self._punch_unread(frames[there & ~landed])
         return ids[given]
 
     def _move_onto(
@@ -549,11 +558,9 @@ class QemuHypervisor:
         single = single[np.argsort(clients[single])]
         for flight in self._remapping.flights(clients[single], frames[single]):
             some = single[flight]
-            try:
+            with self._remapping.flight(clients[some]):
                 taken = some[self._remapping.take(clients[some], handles[some])]
                 done[taken] = self._remapping.map(clients[taken], frames[taken])
-            finally:
-                self._remapping.settle(clients[some])
         (whole,) = np.nonzero(there & shared)
         if len(whole):
             old_frames = self._books.frame[clients[whole]]
@@ -562,44 +569,81 @@ class QemuHypervisor:
             sharers = sharers[self._books.on_frame(sharers)]
             targets = frames[whole][order[np.searchsorted(old_frames[order], self._books.frame[sharers])]]
             for flight in self._remapping.flights(sharers, targets):
-                try:
+                with self._remapping.flight(sharers[flight]):
                     held = flight[self._remapping.hold(sharers[flight])]
                     self._remapping.map(sharers[held], targets[held])
-                finally:
-                    self._remapping.settle(sharers[flight])
             done[whole] = self._books.frame[clients[whole]] == frames[whole]
             self._punch_unread(np.unique(old_frames))
         return done
 
     def _new_frames(self, sources: Ids) -> NDArray[np.int64]:
-        """Copies of the contents of in-flight pages in new frames of their groups' pools."""
-        frames = np.empty(len(sources), dtype=np.int64)
+        """Copies of the contents of pages in new frames of their groups' pools; NOWHERE for those of guests that are
+        lost meanwhile.
+
+        :raises HostMemoryError: no memory for them.
+        """
+        frames = np.full(len(sources), NOWHERE, dtype=np.int64)
         for guest, rows in self._books.by_guest(sources):
+            local = self._books.local(guest, sources[rows])
             contents = page_buffer(len(rows))
-            guest.read_scattered(self._books.local(guest, sources[rows]), contents)
+            try:
+                guest.read_scattered(local, contents)
+            except DomainError:
+                continue
             number = self._chosen_pool[self._books.groups[guest.domid - 1]]
             books = self._books.pools[number]
-            first = books.pool.add(contents)
-            frames[rows] = (number << POOL_SHIFT) + first + np.arange(len(rows))
-            books.grow()
-            books.sums[first : first + len(rows)] = self._books.sums(contents)
+            which, policies = guest.policies(local)
+            for at, policy in enumerate(policies):
+                mine = which == at
+                if not mine.any():
+                    continue
+                some = contents if mine.all() else np.ascontiguousarray(contents[: len(rows)][mine])
+                first = books.pool.add(some[: int(mine.sum())], policy)
+                frames[rows[mine]] = (number << POOL_SHIFT) + first + np.arange(int(mine.sum()))
+                books.grow()
+                books.sums[first : first + int(mine.sum())] = self._books.sums(some[: int(mine.sum())])
         return frames
 
-    def _hand_over_pools(self, guests: Sequence[Attachment]) -> None:
-        # Before anything is in flight: this needs QEMU's main thread, which may itself come to wait for such a page.
-        # And first for all of them: which pool new frames go to is decided once, and every guest gets that one.
+    def _bound_elsewhere(self, sources: Ids, clients: Ids) -> NDArray[np.bool_]:
+        # Rows whose client may only have memory of certain NUMA nodes, which the source's frame need not be of.
+        elsewhere = np.zeros(len(sources), dtype=np.bool_)
+        if not any(guest.is_bound for guest in self._books.guests):
+            return elsewhere
+        policies: dict[tuple[int, bytes], int] = {}
+        strict = [False]
+        numbers = []
+        for ids in (sources, clients):
+            found = np.zeros(len(ids), dtype=np.int64)
+            for guest, rows in self._books.by_guest(ids):
+                which, known = guest.policies(self._books.local(guest, ids[rows]))
+                own = [policies.setdefault(policy, len(policies)) for policy in known]
+                found[rows] = np.array(own, dtype=np.int64)[which]
+            numbers.append(found)
+        strict = [mode & ~MPOL_MODE_FLAGS == MPOL_BIND for mode, _ in policies]
+        return np.asarray(np.array(strict)[numbers[1]] & (numbers[0] != numbers[1]))
+
+    def _hand_over_pools(self, guests: Sequence[Attachment], sources: Ids) -> None:
+        # Before anything is in flight, and first for all: which pool new frames go to is decided once. Everybody
+        # of a group may come to be moved, as a page on a frame of somebody named.
         groups = {self._books.groups[guest.domid - 1] for guest in guests}
+        frames = self._books.frame[sources]
+        of_sources = set(np.unique(frames[frames != NOWHERE] >> POOL_SHIFT).tolist())
         for group in groups:
             if not any(self._books.whole(books) for books in self._books.pools if books.pool.group == group):
                 self._settle_readers()  # perhaps it is for want of a session with one of them
             self._chosen_pool[group] = self._pool_for(group)
-        for guest in guests:
-            for books in self._books.pools:
-                if books.pool.group == self._books.groups[guest.domid - 1] and not guest.dead:
-                    try:
+        for guest in self._books.guests:
+            group = self._books.groups[guest.domid - 1]
+            if guest.session is None or group not in groups:
+                continue
+            needed = {self._chosen_pool[group]} | of_sources
+            mine = [books for number, books in enumerate(self._books.pools) if number in needed]
+            with contextlib.suppress(DomainError):
+                guest.forget_pools([books.pool for books in mine])
+                for books in mine:
+                    if books.pool.group == group:
+                        books.seen_in.add(guest.domid)  # from now on a table of its agent may map it
                         guest.pool_number(books.pool)
-                    except (NoSuchDomainError, ConnectionLostError) as error:
-                        self._books.note_end(guest, error)
 
     def _pool_for(self, group: str) -> int:
         for number, books in enumerate(self._books.pools):
@@ -627,7 +671,7 @@ class QemuHypervisor:
 
     def unshare_gfns(self, pages: PageArray) -> Statuses:
         """As the seam says. A page on a frame gets anonymous memory of its own; a nomination is taken back."""
-        self._check_watch()
+        self._check_watches()
         ids, statuses = self._books.ids(pages)
         good = np.unique(ids[statuses == Status.OK])
         for guest, _ in self._books.by_guest(good):
@@ -641,13 +685,14 @@ class QemuHypervisor:
         return statuses
 
     def _take_back(self, ids: Ids) -> None:
-        with self._books.lock:
-            nominated = ids[self._books.phase[ids] == NOMINATED]
-            self._books.phase[nominated] = PLAIN
-            self._books.handle[nominated] = 0
-        for guest, rows in self._books.by_guest(nominated):
-            if not guest.dead:
-                guest.unprotect(self._books.local(guest, nominated[rows]))
+        # Every nomination of these, whatever becomes of some guest.
+        with contextlib.ExitStack() as taking:
+            for guest, rows in self._books.by_guest(ids):
+                taking.callback(self._take_back_in, guest, ids[rows])
+
+    def _take_back_in(self, guest: Attachment, ids: Ids) -> None:
+        with contextlib.suppress(DomainError):  # then none is nominated
+            self._states.take_back(guest, ids)
 
     def _make_private(self, ids: Ids) -> int:
         """Give pages (ascending, distinct, not nominated) anonymous memory of their own, and unread frames back to
@@ -657,28 +702,55 @@ class QemuHypervisor:
         """
         frames = np.unique(self._books.frame[ids])
         for guest, rows in self._books.by_guest(ids):
-            if guest.session is None:
-                self.control(guest.domid, True)
-            for start in range(0, len(rows), BATCH_PAGES):
-                some = rows[start : start + BATCH_PAGES]
-                if not self._move(guest, ids[some]):
-                    break
+            if self._try_attach(guest):
+                some = ids[rows]
+                self._move(guest, [some[at : at + BATCH_PAGES] for at in range(0, len(some), BATCH_PAGES)])
         return self._punch_unread(frames[frames != NOWHERE])
 
-    def _move(self, guest: Attachment, ids: Ids) -> bool:
-        # One table's worth; returns whether to go on.
-        if pagemap.host_available_bytes() - len(ids) * PAGE_SIZE < self._reserve_bytes:
-            return False
-        # A disk request that is under way would go on writing into the page that is replaced.
-        with guest.stopped() if guest.must_drain else contextlib.nullcontext():
+    def _has_room(self, pages: int) -> bool:
+        return pagemap.host_available_bytes() - pages * PAGE_SIZE >= self._reserve_bytes
+
+    def _move(self, guest: Attachment, pieces: Sequence[Ids]) -> None:
+        """Give pages of one guest memory of their own, piece by piece (each a table's worth), as far as there is room.
+
+        A disk request that is under way would go on writing into the page that is replaced. So the pages of a guest
+        with such drives are nominated first, which waits for its requests; what is written meanwhile is left for later.
+        """
+        together = _NOMINATED_TOGETHER if guest.must_drain else 1
+        for first in range(0, len(pieces), together):
+            some = pieces[first : first + together]
+            if not guest.must_drain:
+                if not self._move_one(guest, some[0], None):
+                    return
+                continue
+            everything = np.unique(np.concatenate(some))
             try:
-                return self._remapping.make_private(guest, ids) == len(ids)
-            except HostMemoryError:
-                return False
+                handles = self._states.nominate(guest, everything)
+                for piece in some:
+                    if not self._move_one(guest, piece, handles[np.searchsorted(everything, piece)]):
+                        return
+            except DomainError:
+                return
+            finally:
+                self._take_back(everything)
+
+    def _move_one(self, guest: Attachment, ids: Ids, handles: Handles | None) -> bool:
+        # One table's worth: of those nominated under these handles, or of all. Whether to go on.
+        if guest.session is None or not self._has_room(len(ids)):
+            return False
+        with self._remapping.flight(ids):
+            if handles is None:
+                with contextlib.suppress(DomainError):
+                    self._states.hold(guest, ids)
+                flying = np.full(len(ids), guest.session is not None)
+            else:
+                flying = self._remapping.take(ids, handles)
+            done = self._remapping.make_private(ids[flying])
+        return bool(done.all())
 
     def release_zero_pages(self, pages: PageArray, handles: Handles) -> Statuses:
         """As the seam says: the page is dropped, and the next read finds the kernel's zero page."""
-        self._check_watch()
+        self._check_watches()
         ids, statuses = self._books.ids(pages)
         statuses[statuses == Status.EINVAL] = Status.S_HANDLE_INVALID
         good = np.flatnonzero(statuses == Status.OK)
@@ -694,17 +766,15 @@ class QemuHypervisor:
         for flight in self._remapping.flights(mine, mine):
             some = mine[flight]
             shared = self._books.on_frame(some)
-            try:
-                with self._books.lock:
-                    valid = self._valid(some, handles[flight], shared)
-                    self._books.phase[some[valid & ~shared]] = IN_FLIGHT
-                statuses[good[flight[~valid]]] = Status.S_HANDLE_INVALID
+            with self._remapping.flight(some):
+                valid = self._valid(some, handles[flight], shared)
+                alone = np.flatnonzero(valid & ~shared)
+                valid[alone] = self._remapping.take(some[alone], handles[flight[alone]])
                 held = np.flatnonzero(valid & shared)
                 valid[held] = self._remapping.hold(some[held])
+                statuses[good[flight[~valid]]] = Status.S_HANDLE_INVALID
                 taken = flight[valid]
                 released[taken] = self._remapping.empty(mine[taken])
-            finally:
-                self._remapping.settle(some)
         self._punch_unread(frames[frames != NOWHERE])
         statuses[good[~released & (statuses[good] == Status.OK)]] = Status.ENOMEM
         statuses[good[self._books.has_ended(mine)]] = Status.ESRCH
@@ -727,14 +797,13 @@ class QemuHypervisor:
         given_back = 0
         ids, frames = self._books.readers()
         for guest, _ in self._books.by_guest(np.setdiff1d(mapped, ids, assume_unique=True)):
-            if guest.dead:
+            if guest.gone or guest.dead:
                 continue
             self._settle_books(guest)
             base = self._books.base[guest.domid - 1]
             copied = base + np.flatnonzero(guest.in_pool)
             copied = copied[~self._books.on_frame(copied)]
-            with self._books.lock:
-                copied = copied[self._books.phase[copied] == PLAIN]
+            copied = copied[self._states.plain(copied)]
             if len(copied) and self._enabled[guest.domid - 1]:
                 given_back += self._make_private(copied)
         return given_back + self._punch_all_but(frames)
@@ -758,13 +827,14 @@ class QemuHypervisor:
     def _settle_books(self, guest: Attachment) -> None:
         """Have a session with a guest that has ever been shared, so that nobody else changes it under our books."""
         if guest.session is None and not guest.dead and (guest.in_pool.any() or guest.has_agent):
-            self.control(guest.domid, True)
+            self._try_attach(guest)
 
     def _settle_readers(self) -> None:
         # Have a session with all guests that could be: for want of one with a reader of it no pool is whole.
         for guest in self._books.guests:
-            with contextlib.suppress(MemshrError):
-                self._settle_books(guest)
+            if not guest.gone:
+                with contextlib.suppress(DomainError):
+                    self._settle_books(guest)
 
     def unshare_guest(self, domid: DomId) -> int:
         """Give every page of a guest back its own memory, in large pieces that can be huge pages again.
@@ -791,9 +861,11 @@ class QemuHypervisor:
                 remedy="free memory, or end another guest first",
             )
         frames = np.unique(self._books.frame[base + in_pool])
-        for window in self._windows(guest, in_pool):
-            if not self._move(guest, base + window):
+        for _ in range(_ROUNDS if guest.must_drain else 1):
+            windows = self._windows(guest, np.flatnonzero(guest.in_pool))
+            if not windows or guest.session is None:
                 break
+            self._move(guest, [base + window for window in windows])
         self._punch_unread(frames)
         if guest.in_pool.any():
             self._books.guest(domid, "unshare_guest")
@@ -812,7 +884,7 @@ class QemuHypervisor:
         for key in np.unique(guest.hvas[in_pool] // (_WINDOW_PAGES * PAGE_SIZE)).tolist():
             start = key * _WINDOW_PAGES * PAGE_SIZE
             hvas = np.arange(start, start + _WINDOW_PAGES * PAGE_SIZE, PAGE_SIZE, dtype=np.int64)
-            pages = guest.pages_of_hvas(hvas)
+            pages = guest.ram.pages_of_hvas(hvas)
             pages = np.sort(pages[pages >= 0])
             windows += np.split(pages, np.flatnonzero(np.diff(guest.hvas[pages]) != PAGE_SIZE) + 1)
         return windows
@@ -824,13 +896,10 @@ class QemuHypervisor:
         """
         self.unshare_guest(domid)
         guest = self._books.guest(domid, "detach")
-        assert guest.session is not None
-        assert self._watch is not None
-        self._watch.remove(guest.session.uffd)
+        guest.detach(self._injector)
         self._enabled[domid - 1] = False
         for books in self._books.pools:
             books.seen_in.discard(domid)
-        guest.detach(self._injector)
 
     def enlisted(self, domid: DomId) -> GuestProcess:
         """The process behind a domid."""
@@ -852,9 +921,10 @@ class QemuHypervisor:
         """Check what this object believes against what the kernel says; see ``GuestBooks.audit``."""
         return self._books.audit()
 
-    def _check_watch(self) -> None:
-        if self._watch is not None and self._watch.failure is not None:
-            raise InvariantError("the write watch has failed") from self._watch.failure
+    def _check_watches(self) -> None:
+        for watch in self._watches.values():
+            if watch.failure is not None:
+                raise InvariantError("a write watch has failed") from watch.failure
 
     # -- what Linux has not ----------------------------------------------------------------------------------------
 

@@ -75,6 +75,22 @@ class Monitor(abc.ABC):
             if "not found" not in str(error):
                 raise
 
+    def hand_over(self, descriptor: int) -> None:
+        """Hand a descriptor over; ``take_back`` has QEMU close it."""
+        self.execute("getfd", {"fdname": "memshr"}, descriptor=descriptor)
+
+    def take_back(self) -> None:
+        """Have QEMU close what was handed over, also while the guest is paused."""
+        try:
+            self.execute("closefd", {"fdname": "memshr"})
+        except MonitorError as error:
+            if "not found" not in str(error):
+                raise
+
+    def drain(self, deadline_s: float) -> None:
+        """Let every disk request that is under way end."""
+        self.execute("transaction", {"actions": []})
+
     def __enter__(self) -> Self:
         return self
 

@@ -6,33 +6,34 @@ What the design rests on:
   memshr: the file's size is the number of offsets that were ever given out, the kernel keeps it, and the file is sealed
   against shrinking. So a guest that still has an old offset mapped (under a page that it has copied) can never come to
   see somebody else's frame there: a punched frame reads as zeros.
-* **Only memshr writes.** The file's mode is 0400 and it belongs to root; QEMU gets a descriptor that was opened for
-  reading, and cannot open it again for writing unless it runs as root itself.
+* **Only memshr writes.** The file's mode is 0400 and it belongs to a user that nobody is; QEMU gets a descriptor that
+  was opened for reading, and cannot open it again for writing unless it could read all files of the host anyway.
 * **It lives as long as a guest has it mapped**, whether or not a memshr runs. A new memshr finds it in /proc/PID/maps
-  and takes it only if it belongs to root, has that mode and that seal: none of this can a guest make up.
+  and takes it only if it has root's mark (``mark``), which also says whose frames they are. The name in maps is a hint
+  where to look, and nothing else: any process can make a file of that name.
 * A frame is never a page that a guest already had: its place in memory is the kernel's choice, not a guest's.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import stat
 from typing import Final, Self
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import HostMemoryError, InvariantError
 from memshr.procfs import Mapping, Mappings
-from memshr.qemu import syscalls
+from memshr.qemu import mark, syscalls
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
 
 NAME_PREFIX: Final = "memshr-pool:"
 _MAPPED_PREFIX: Final = f"/memfd:{NAME_PREFIX}"
 _MODE: Final = 0o400
-_DELETED: Final = " (deleted)"
+_NOBODY: Final = 0xFFFFFFFD
+"""The owner, which no process is: an owner may change the mode, also a QEMU of uid 0 that has no capability."""
+_MARK: Final = b"pool:"
 _PLAIN: Final = " !#$&'()*+,/:;<=>?@[]^{|}"
 _MOST_BYTES: Final = 249
 
@@ -42,14 +43,45 @@ def of_pools(mappings: Mappings) -> NDArray[np.bool_]:
     return mappings.named(lambda path: path.startswith(_MAPPED_PREFIX)) & ~mappings.shared
 
 
-def group_of(path: str) -> str:
-    """The trust group whose pool has this path in /proc/PID/maps."""
-    return os.fsdecode(unquote_to_bytes(path.removeprefix(_MAPPED_PREFIX).removesuffix(_DELETED)))
-
-
 def fits_pool(group: str) -> bool:
     """Whether a pool can be named after this trust group: memfd_create(2) takes 249 bytes at most."""
     return len(_name(group)) <= _MOST_BYTES
+
+
+def group_at(pid: int, mapping: Mapping) -> str | None:
+    """The trust group whose pool is mapped there, by root's mark on the file; None: it is no pool of ours.
+
+    :raises OSError: the guest is gone or the mapping is, or we may not look.
+    """
+    file = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _group_of(file)
+    finally:
+        os.close(file)
+
+
+def groups_in(pid: int, mappings: Mappings) -> list[str]:
+    """The trust groups whose pools a process has mapped, by name; what only calls itself a pool does not count.
+
+    :raises OSError: the process is gone, or we may not look.
+    """
+    found = set()
+    (left,) = np.nonzero(of_pools(mappings))
+    while len(left):
+        sample = mappings[int(left[0])]
+        group = group_at(pid, sample)
+        if group is not None:
+            found.add(group)
+        same = mappings.of_file((os.makedev(sample.dev_major, sample.dev_minor), sample.inode))
+        left = left[~same[left]]
+    return sorted(found)
+
+
+def _group_of(file: int) -> str | None:
+    found = mark.of(file)
+    if found is None or not found.startswith(_MARK):
+        return None
+    return os.fsdecode(found.removeprefix(_MARK))
 
 
 def _name(group: str) -> str:
@@ -61,19 +93,31 @@ class FramePool:
     """The frames of one trust group.
 
     :param file: the memory file, open to read and write; owned by this object from now on.
+
+    ``file`` is its device and inode, by which mappings of it are known.
     """
 
     def __init__(self, group: str, file: int) -> None:
         self.group = group
         self._file = file
-        self.inode = os.fstat(file).st_ino
+        status = os.fstat(file)
+        self.file = status.st_dev, status.st_ino
 
     @classmethod
     def create(cls, group: str) -> Self:
-        """A new, empty pool."""
+        """A new, empty pool.
+
+        :raises PermissionDeniedError: we are not root. :raises UnsupportedError: as mark.put.
+        """
         file = syscalls.memfd_create(_name(group))
-        os.fchmod(file, _MODE)
-        fcntl.fcntl(file, syscalls.F_ADD_SEALS, syscalls.F_SEAL_SHRINK)
+        try:
+            mark.put(file, _MARK + os.fsencode(group))
+            os.fchmod(file, _MODE)
+            os.fchown(file, _NOBODY, _NOBODY)
+            syscalls.add_seals(file, syscalls.F_SEAL_SHRINK)
+        except BaseException:
+            os.close(file)
+            raise
         return cls(group, file)
 
     @classmethod
@@ -82,14 +126,18 @@ class FramePool:
 
         :raises OSError: the guest is gone or the mapping is.
         """
-        # SAFETY: nothing is read or written before the checks; a guest could name a file of its own like a pool.
+        # SAFETY: nothing is read or written before the check of the mark; a guest could name a file of its own like a
+        # pool. Whose pool it is says the mark too, so it does not matter which file was mapped there a moment ago.
         file = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
-        status = os.fstat(file)
-        genuine = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == _MODE
-        if not genuine or not fcntl.fcntl(file, syscalls.F_GET_SEALS) & syscalls.F_SEAL_SHRINK:
+        try:
+            group = _group_of(file)
+        except BaseException:
+            os.close(file)
+            raise
+        if group is None:
             os.close(file)
             return None
-        return cls(group_of(mapping.path), file)
+        return cls(group, file)
 
     @property
     def frames(self) -> int:
@@ -105,9 +153,10 @@ class FramePool:
         """A new descriptor that can only read: what a QEMU is given. The caller closes it."""
         return os.open(f"/proc/self/fd/{self._file}", os.O_RDONLY | os.O_CLOEXEC)
 
-    def add(self, pages: PageBytes) -> int:
+    def add(self, pages: PageBytes, policy: tuple[int, bytes] = (0, b"")) -> int:
         """Put ``pages`` (shape ``(n, PAGE_SIZE)``, C-contiguous) into new frames; returns the number of the first.
 
+        :param policy: the NUMA policy by which their memory is found: mode with mode flags, bits of the nodes.
         :raises HostMemoryError: the host has no memory for them; the frame numbers are spent, no memory is.
         """
         first = self.frames
@@ -116,8 +165,9 @@ class FramePool:
         data = pages.reshape(-1).data
         written = 0
         try:
-            while written < len(data):
-                written += os.pwrite(self._file, data[written:], offset + written)
+            with syscalls.memory_policy(*policy):
+                while written < len(data):
+                    written += os.pwrite(self._file, data[written:], offset + written)
         except OSError as error:
             syscalls.punch_hole(self._file, offset, len(data))
             raise HostMemoryError(

@@ -1,8 +1,9 @@
-"""Write-protected pages of guests, and the thread that hears of each write to one.
+"""Who hears of writes to protected pages: a thread for each guest that is attached.
 
 A write to a protected page waits in the kernel until somebody lets it go on, so the thread here must answer soon and
-under all circumstances: it does nothing but kill the page's handle and take the protection away, in this order. While
-pages are being remapped (*in flight*) it leaves them alone; whoever remaps them wakes their writers afterwards.
+under all circumstances: it does nothing but kill the page's handle and take the protection away, in this order
+(``PageStates.written``). While pages are being remapped (*in flight*) it leaves them alone; whoever remaps them wakes
+their writers afterwards. If the thread itself fails, for whatever reason, the guest is given up, and nobody waits.
 
 Python's threads take turns; ``SWITCH_INTERVAL_S`` bounds how long a writer waits for a computation of ours.
 """
@@ -10,17 +11,24 @@ Python's threads take turns; ``SWITCH_INTERVAL_S`` bounds how long a writer wait
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import select
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.errors import DomainError
 from memshr.qemu import syscalls
+from memshr.qemu.agent import Session
+from memshr.qemu.attachment import Attachment
+
+_log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S: Final = 0.0002
 """Python's own default is 5 ms; a guest should not notice us."""
@@ -37,72 +45,113 @@ _MESSAGE = np.dtype(
 )
 """struct uffd_msg, as far as it is about page faults"""
 
-OnWrites = Callable[[int, NDArray[np.int64]], None]
-"""Called with a uffd and the addresses of pages that writers wait at."""
-OnEnd = Callable[[int], None]
-"""Called with a uffd whose process has ended."""
-OnFailure = Callable[[], None]
-"""Called when the thread itself fails: whoever waits must be let go in some other way."""
+OnWrites = Callable[[Attachment, NDArray[np.int64]], None]
+"""Called with a guest and those of its pages that writers wait at, ascending and distinct."""
+
+
+class _ShortTurns:
+    """Python's switch interval is short as long as anybody listens, and what it was when nobody does any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before_s = 0.0
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._before_s = sys.getswitchinterval()
+                sys.setswitchinterval(SWITCH_INTERVAL_S)
+            self._users += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                sys.setswitchinterval(self._before_s)
+
+
+_short_turns = _ShortTurns()
 
 
 class WriteWatch:
-    """The thread. ``add`` and ``remove`` uffds at any time; ``close`` ends it."""
+    """The thread of one session. It ends when the session does; ``failure`` says what it failed of, if it did."""
 
-    def __init__(self, on_writes: OnWrites, on_end: OnEnd, on_failure: OnFailure) -> None:
+    def __init__(self, guest: Attachment, session: Session, on_writes: OnWrites) -> None:
+        self._guest = guest
+        self._session = session
         self._on_writes = on_writes
-        self._on_end = on_end
-        self._on_failure = on_failure
-        self._poll = select.epoll()
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._poll.register(self._stop, select.EPOLLIN)
-        self._interval = sys.getswitchinterval()
         self.failure: BaseException | None = None
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._thread = threading.Thread(target=self._run, name="memshr-write-watch", daemon=True)
+        self._ended = False
+        # A copy: the session's own number is closed, and may name another file, as soon as somebody gives it up.
+        self._uffd = os.dup(session.uffd)
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        _open_watches.add(self)
+        self._thread = threading.Thread(target=self._run, name=f"memshr-watch-{guest.domid}", daemon=True)
+        _short_turns.begin()
         self._thread.start()
 
-    def add(self, uffd: int) -> None:
-        """Hear of writes to what this uffd protects."""
-        self._poll.register(uffd, select.EPOLLIN)
-
-    def remove(self, uffd: int) -> None:
-        """Hear no more of it; whoever still waits is woken when it is closed."""
-        self._poll.unregister(uffd)
-
     def _run(self) -> None:
-        buffer = np.zeros(_MESSAGES, dtype=_MESSAGE)
-        syscalls.hurry(threading.get_native_id())
         try:
+            buffer = np.zeros(_MESSAGES, dtype=_MESSAGE)
+            syscalls.hurry(threading.get_native_id())
+            poll = select.poll()
+            poll.register(self._uffd, select.POLLIN)
+            poll.register(self._stop, select.POLLIN)
             while True:
-                for uffd, events in self._poll.poll():
-                    if uffd == self._stop:
-                        return
-                    if events & (select.EPOLLERR | select.EPOLLHUP) or not self._serve(uffd, buffer):
-                        self._poll.unregister(uffd)
-                        self._on_end(uffd)
+                ready = dict(poll.poll())
+                if self._stop in ready or not self._serve(buffer):
+                    return
+        except DomainError:  # the guest has ended, or was given up: nobody waits any more
+            return
         except BaseException as error:
             self.failure = error
-            self._on_failure()
+            _log.exception("the write watch of guest %s failed", self._guest.process.name)
+            self._guest.lose(error)
+        finally:
+            self.release_files()
+            _short_turns.end()
 
-    def _serve(self, uffd: int, buffer: NDArray[np.void]) -> bool:
+    def _serve(self, buffer: NDArray[np.void]) -> bool:
         try:
-            got = os.readv(uffd, [buffer.data])
+            got = os.readv(self._uffd, [buffer.data])
         except BlockingIOError:  # somebody woke the writer before we looked
             return True
         except OSError as error:
-            if error.errno in {errno.ESRCH, errno.EINVAL, errno.EBADF}:
+            if error.errno in {errno.ESRCH, errno.EINVAL, errno.EBADF} and self._guest.gone:
                 return False
             raise
         messages = buffer[: got // _MESSAGE.itemsize]
         faults = messages[messages["event"] == syscalls.UFFD_EVENT_PAGEFAULT]
         if len(faults):
-            self._on_writes(uffd, faults["address"].astype(np.int64))
+            pages = self._guest.ram.pages_of_hvas(faults["address"].astype(np.int64))
+            self._on_writes(self._guest, np.unique(pages[pages >= 0]))
         return True
 
-    def close(self) -> None:
-        """End the thread; no uffd is closed."""
+    def release_files(self) -> None:
+        """Close the copy of the userfaultfd."""
+        uffd, self._uffd = self._uffd, -1
+        if uffd >= 0:
+            os.close(uffd)
+
+    def end(self) -> None:
+        """End the thread and close its copy of the userfaultfd; waits for that, unless called by the thread itself."""
+        if self._ended:
+            return
+        self._ended = True
         os.eventfd_write(self._stop, 1)
-        self._thread.join()
-        self._poll.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
         os.close(self._stop)
-        sys.setswitchinterval(self._interval)
+
+
+_open_watches: weakref.WeakSet[WriteWatch] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    # As in agent: a forked child must hold nothing that keeps pages protected.
+    for watch in list(_open_watches):
+        watch.release_files()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

@@ -1,41 +1,54 @@
 """Pages in flight: from the moment on that their writers wait, through their remapping, until the writers go on.
 
-What makes this hard: a page that is being remapped must not be written, and neither Ctrl-C nor the end of a guest may
-leave a writer waiting or let one go too soon. So everything that remaps pages does it here, in this order:
+What makes this hard: a page that is being remapped must not be written, and neither an exception nor the end of a guest
+may leave a writer waiting or let one go too soon. So everything that remaps pages does it here, inside ``flight``:
 
-1. ``take`` (by handle) or ``hold`` (from a frame): the page is IN_FLIGHT, and the write watch leaves its writers alone.
-2. ``map``, ``empty`` or ``make_private``: the agents of all guests concerned work at the same time. What is done is in
-   the books before its writers are woken.
-3. ``settle``, whatever happens: what was not remapped is a nominated page again, or let go; but not before its guest's
-   agent has ended the table that is under way.
+1. ``take`` (by handle) or ``hold``: the page is in flight, and the write watch leaves its writers alone.
+2. Each page is looked at once more: is it still protected? What is not is dropped as if it were written, and reported:
+   somebody else in the kernel has replaced its entry (docs/nominations.md).
+3. ``map``, ``empty`` or ``make_private``: the agents of all guests concerned work at the same time, and none waits for
+   another. What is done is in the books before its writers are woken.
+4. The end of the ``with``, whatever happens: what was not remapped is a nominated page again, or let go; but not before
+   its guest's agent has ended the table that is under way. Ctrl-C waits for this.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.errors import ConnectionLostError, NoSuchDomainError
+from memshr.errors import DomainError, HostMemoryError
 from memshr.qemu import pagemap
-from memshr.qemu.attachment import BATCH_ENTRIES, MOVED_PAGES, Attachment, Steps, carry_out
-from memshr.qemu.books import IN_FLIGHT, NOMINATED, NOWHERE, PLAIN, GuestBooks, Ids
+from memshr.qemu.attachment import BATCH_ENTRIES, DIFFERS, MAPPED, MOVED_PAGES, Attachment, Steps, carry_out
+from memshr.qemu.books import NOWHERE, GuestBooks
+from memshr.qemu.interrupts import uninterrupted
+from memshr.qemu.states import Ids
 from memshr.types import Handles
+
+_log = logging.getLogger(__name__)
 
 _HANDS: Final = min(8, len(os.sched_getaffinity(0)))
 """Guests that are remapped at the same time; more than there are processors would only hold each other up."""
 
 
 class Remapping:
-    """What is in flight of the pages in ``books``."""
+    """What is in flight of the pages in ``books``.
+
+    ``unprotected_pages`` counts those that had lost their protection, or did not hold what was compared: they were left
+    alone.
+    """
 
     def __init__(self, books: GuestBooks) -> None:
         self._books = books
+        self._states = books.states
+        self.unprotected_pages = 0
 
     # -- taking off ------------------------------------------------------------------------------------------------
 
@@ -60,36 +73,90 @@ class Remapping:
             yield rows[first:end]
             first = end
 
+    @contextlib.contextmanager
+    def flight(self, ids: Ids) -> Iterator[None]:
+        """Whatever of these pages is in flight at the end of the ``with`` is settled then."""
+        with uninterrupted(), contextlib.ExitStack() as settling:  # each, whatever the others do
+            for guest, rows in self._books.by_guest(ids):
+                settling.callback(self._states.settle, guest, ids[rows])
+            yield
+
     def take(self, ids: Ids, handles: Handles) -> NDArray[np.bool_]:
-        """Take those pages in flight that are still nominated under these handles; returns which."""
-        with self._books.lock:
-            standing = np.asarray((self._books.phase[ids] == NOMINATED) & (self._books.handle[ids] == handles))
-            self._books.phase[ids[standing]] = IN_FLIGHT
+        """Take those pages in flight that are still nominated under these handles, and protected; returns which."""
+        standing = np.zeros(len(ids), dtype=np.bool_)
+        for guest, rows in self._books.by_guest(ids):
+            if guest.session is not None:
+                standing[rows] = self._states.take(guest, ids[rows], handles[rows])
+        self._drop_unprotected(ids, standing)
         return standing
 
     def hold(self, ids: Ids) -> NDArray[np.bool_]:
         """Take pages in flight that are on frames, protected; returns which still were when it held."""
-        with self._books.lock:
-            self._books.phase[ids] = IN_FLIGHT
+        held = np.zeros(len(ids), dtype=np.bool_)
         for guest, rows in self._books.by_guest(ids):
-            try:
-                guest.protect(self._books.local(guest, ids[rows]))
-            except (NoSuchDomainError, ConnectionLostError) as error:
-                self._books.note_end(guest, error)
-        kept = self._books.on_frame(ids)
-        self.settle(ids[~kept])
+            if guest.session is not None:
+                with contextlib.suppress(DomainError):
+                    self._states.hold(guest, ids[rows])
+                    held[rows] = True
+        self._drop_unprotected(ids, held)
+        kept = held & self._books.on_frame(ids)
+        for guest, rows in self._books.by_guest(ids[held & ~kept]):
+            with contextlib.suppress(DomainError):
+                self._states.drop(guest, ids[held & ~kept][rows])
         return kept
+
+    def _drop_unprotected(self, ids: Ids, flying: NDArray[np.bool_]) -> None:
+        # Takes those pages out of ``flying`` that are not protected any more.
+        for guest, rows in self._books.by_guest(ids):
+            mine = rows[flying[rows]]
+            try:
+                bad = mine[~pagemap.is_protected(guest.entries(self._books.local(guest, ids[mine])))]
+                if len(bad):
+                    self.unprotected_pages += len(bad)
+                    text = "guest %s: %d pages lost their write protection to somebody else in the kernel; left alone"
+                    _log.error(text, guest.process.name, len(bad))
+                    flying[bad] = False
+                    self._states.drop(guest, ids[bad])
+            except DomainError:
+                flying[rows] = False
 
     # -- in flight -------------------------------------------------------------------------------------------------
 
     def map(self, ids: Ids, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Map frames over in-flight pages, in all their guests at once; returns for which it was done."""
+        """Map frames over in-flight pages that hold the same bytes, in all their guests at once.
+
+        :returns: for which it was done.
+        """
+        return self._in_all(ids, lambda guest, rows, done: self._map_in(guest, ids[rows], frames[rows], rows, done))
+
+    def empty(self, ids: Ids) -> NDArray[np.bool_]:
+        """Give the memory of in-flight pages back, in all their guests at once; returns for which it was done."""
+        return self._in_all(ids, lambda guest, rows, done: self._empty_in(guest, ids[rows], rows, done))
+
+    def make_private(self, ids: Ids) -> NDArray[np.bool_]:
+        """Give in-flight pages (of each guest at most what one table can copy) anonymous memory of their own.
+
+        :returns: which got it.
+        """
+        return self._in_all(ids, lambda guest, rows, done: self._make_private_in(guest, ids[rows], rows, done))
+
+    def _in_all(
+        self, ids: Ids, work: Callable[[Attachment, NDArray[np.int64], NDArray[np.bool_]], Steps]
+    ) -> NDArray[np.bool_]:
+        # A guest that ends or is given up has done what it has done; the others go on.
         done = np.zeros(len(ids), dtype=np.bool_)
-        carry_out(
-            self._map_in(guest, ids[rows], frames[rows], rows, done)
-            for guest, rows in self._books.by_guest(ids)
-            if not guest.dead
-        )
+
+        def shielded(guest: Attachment, rows: NDArray[np.int64]) -> Steps:
+            try:
+                return (yield from work(guest, rows, done))
+            except DomainError:
+                return 0
+            except BaseException as error:
+                # Its mappings may not be what the books say any more.
+                guest.lose(error)
+                raise
+
+        carry_out(shielded(guest, rows) for guest, rows in self._books.by_guest(ids) if guest.session is not None)
         return done
 
     def _map_in(
@@ -100,93 +167,44 @@ class Remapping:
         places: NDArray[np.int64],
         done: NDArray[np.bool_],
     ) -> Steps:
-        # The part of map that is of one guest; notes in ``done`` at which places it was done.
         mapped = 0
         for books, rows, numbers in self._books.by_pool(frames):
-            local = self._books.local(guest, ids[rows])
-            try:
-                mapped = yield from guest.map_frames(local, numbers, books.pool)
-            except (NoSuchDomainError, ConnectionLostError) as error:
-                self._books.note_end(guest, error)
-                break
-            finished = rows[:mapped]
+            fate = np.zeros(len(rows), dtype=np.int8)
+            mapped += yield from guest.map_frames(self._books.local(guest, ids[rows]), numbers, books.pool, fate)
+            finished = rows[fate == MAPPED]
             self._landed(guest, ids[finished], frames[finished])
             done[places[finished]] = True
+            differing = rows[fate == DIFFERS]
+            if len(differing):
+                self.unprotected_pages += len(differing)
+                text = "guest %s: %d nominated pages do not hold what was compared; left alone"
+                _log.error(text, guest.process.name, len(differing))
+                self._states.drop(guest, ids[differing])
         return mapped
 
-    def empty(self, ids: Ids) -> NDArray[np.bool_]:
-        """Give the memory of in-flight pages back, in all their guests at once; returns for which it was done."""
-        done = np.zeros(len(ids), dtype=np.bool_)
-        carry_out(
-            self._empty_in(guest, ids[rows], rows, done) for guest, rows in self._books.by_guest(ids) if not guest.dead
-        )
-        return done
-
     def _empty_in(self, guest: Attachment, ids: Ids, places: NDArray[np.int64], done: NDArray[np.bool_]) -> Steps:
-        # The part of empty that is of one guest; notes in ``done`` at which places it was done.
-        try:
-            emptied = yield from guest.map_nothing(self._books.local(guest, ids), self._books.frame[ids] == NOWHERE)
-        except (NoSuchDomainError, ConnectionLostError) as error:
-            self._books.note_end(guest, error)
-            return 0
+        emptied = yield from guest.map_nothing(self._books.local(guest, ids), self._books.frame[ids] == NOWHERE)
         self._landed(guest, ids[:emptied], np.full(emptied, NOWHERE))
         done[places[:emptied]] = True
         return emptied
 
-    def make_private(self, guest: Attachment, ids: Ids) -> int:
-        """Give pages of one guest (at most what one table can copy), none of them in flight or nominated, anonymous
-        memory of their own; returns how many, from the first on, got it.
-
-        :raises HostMemoryError: the host has no memory for them; nothing was done.
-        """
+    def _make_private_in(
+        self, guest: Attachment, ids: Ids, places: NDArray[np.int64], done: NDArray[np.bool_]
+    ) -> Steps:
         local = self._books.local(guest, ids)
-        with self._books.lock:
-            self._books.phase[ids] = IN_FLIGHT
-        moved = 0
+        # Not before: a guest may write to a page that was empty, and what it wrote would not be copied.
+        entries = guest.entries(local)
+        filled = (pagemap.is_there(entries) & ~guest.zero_pages(entries)) | guest.in_pool[local]
         try:
-            guest.protect(local)
-            # Not before: a guest may write to a page that was empty, and what it wrote would not be copied.
-            entries = guest.entries(local)
-            filled = (pagemap.is_there(entries) & ~guest.pagemap.zero_pages(entries)) | guest.in_pool[local]
-            moved = guest.make_private(local, filled)
-        except (NoSuchDomainError, ConnectionLostError) as error:
-            self._books.note_end(guest, error)
-        finally:
-            if not guest.dead:
-                self._landed(guest, ids[:moved], np.full(moved, NOWHERE))
-                self.settle(ids[moved:])
+            moved = yield from guest.make_private(local, filled)
+        except HostMemoryError as error:
+            _log.warning("%s", error)
+            return 0
+        self._landed(guest, ids[:moved], np.full(moved, NOWHERE))
+        done[places[:moved]] = True
         return moved
 
     def _landed(self, guest: Attachment, ids: Ids, frames: NDArray[np.int64]) -> None:
         # These pages of one guest are on these frames now (NOWHERE: on none), and their writers may go on.
         self._books.note_frames(guest, ids, frames)
-        with self._books.lock:
-            self._books.phase[ids] = PLAIN
-            self._books.handle[ids] = 0
-        self._wake(guest)
-
-    # -- landing ---------------------------------------------------------------------------------------------------
-
-    def settle(self, ids: Ids) -> None:
-        """End the flight of pages that were not remapped: a nominated one keeps its handle, others are let go."""
-        for guest, _ in self._books.by_guest(ids[self._books.phase[ids] == IN_FLIGHT]):
-            with contextlib.suppress(NoSuchDomainError, ConnectionLostError):
-                guest.await_agent()
-        with self._books.lock:
-            flying = ids[self._books.phase[ids] == IN_FLIGHT]
-            again = flying[self._books.handle[flying] != 0]
-            loose = np.unique(flying[self._books.handle[flying] == 0])
-            self._books.phase[again] = NOMINATED
-            self._books.phase[loose] = PLAIN
-        for guest, rows in self._books.by_guest(loose):
-            if not guest.dead:
-                guest.unprotect(self._books.local(guest, loose[rows]))
-        for guest, _ in self._books.by_guest(again):
-            self._wake(guest)
-
-    @staticmethod
-    def _wake(guest: Attachment) -> None:
-        try:
-            guest.wake()
-        except NoSuchDomainError:
-            guest.dead = True
+        self._states.land(guest, ids)

@@ -15,7 +15,7 @@ from memshr.procfs import Mapping
 from memshr.qemu import guests, pagemap
 from memshr.qemu.control_area import MAPPED_CONTROL
 from memshr.qemu.guests import GuestProcess, Refusal
-from memshr.qemu.pool import group_of, of_pools
+from memshr.qemu.pool import groups_in, of_pools
 from memshr.types import PAGE_SIZE
 
 
@@ -78,7 +78,7 @@ def status_of(process: GuestProcess) -> GuestStatus:
         ram_bytes=ram_bytes,
         refusals=refusals,
         attached=MAPPED_CONTROL in mappings.paths,
-        groups=tuple(sorted({group_of(mapping.path) for mapping in pools})),
+        groups=tuple(groups_in(process.pid, mappings)),
         sharing_pages=sharing,
         copied_pages=sum(mapping.pages for mapping in pools) - sharing,
         frames=frames,
@@ -92,9 +92,7 @@ def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[int]]:
     """
     found: dict[str, list[int]] = {}
     for number, process in enumerate(processes, start=1):
-        mappings = process.mappings()
-        pools = of_pools(mappings)
-        groups = sorted({group_of(mappings.paths[name]) for name in np.unique(mappings.name[pools]).tolist()})
+        groups = groups_in(process.pid, process.mappings())
         if groups:
             found.setdefault(groups[0], []).append(number)
     return found

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 NR_READ: Final = 0
 NR_CLOSE: Final = 3
+NR_PREAD64: Final = 17
 NR_FSTAT: Final = 5
 NR_MMAP: Final = 9
 NR_MUNMAP: Final = 11
@@ -33,11 +35,17 @@ NR_IOCTL: Final = 16
 NR_MREMAP: Final = 25
 NR_MADVISE: Final = 28
 NR_SENDTO: Final = 44
+NR_RECVMSG: Final = 47
 NR_CLONE: Final = 56
 NR_EXIT: Final = 60
+NR_GETPID: Final = 39
 NR_FCNTL: Final = 72
+NR_PRCTL: Final = 157
 NR_FUTEX: Final = 202
 NR_RESTART_SYSCALL: Final = 219
+NR_MBIND: Final = 237
+NR_SET_MEMPOLICY: Final = 238
+NR_GET_MEMPOLICY: Final = 239
 NR_PROCESS_VM_READV: Final = 310
 NR_USERFAULTFD: Final = 323
 NR_PIDFD_GETFD: Final = 438
@@ -58,10 +66,15 @@ MREMAP_FIXED: Final = 2
 MADV_DONTNEED: Final = 4
 MADV_DONTFORK: Final = 10
 MADV_MERGEABLE: Final = 12
+MADV_UNMERGEABLE: Final = 13
 MADV_HUGEPAGE: Final = 14
 MADV_NOHUGEPAGE: Final = 15
 MADV_DONTDUMP: Final = 16
 MADV_COLD: Final = 20
+
+# linux/mempolicy.h
+MPOL_BIND: Final = 2
+MPOL_MODE_FLAGS: Final = 0xE000
 
 _MOST_URGENT: Final = -20
 """the lowest nice value: sys/resource.h"""
@@ -70,7 +83,9 @@ _MOST_URGENT: Final = -20
 F_DUPFD_CLOEXEC: Final = 1030
 F_ADD_SEALS: Final = 1033
 F_GET_SEALS: Final = 1034
+F_SEAL_SEAL: Final = 1
 F_SEAL_SHRINK: Final = 2
+F_SEAL_GROW: Final = 4
 _MFD_CLOEXEC: Final = 1
 _MFD_ALLOW_SEALING: Final = 2
 _MFD_NOEXEC_SEAL: Final = 8
@@ -207,6 +222,34 @@ def memfd_create(name: str, *, executable: bool = False) -> int:
         if error.errno != errno.EINVAL:
             raise
     return os.memfd_create(name, flags)
+
+
+@contextlib.contextmanager
+def memory_policy(mode: int, nodes: bytes) -> Iterator[None]:
+    """This thread's new memory comes from where a NUMA policy allows (set_mempolicy(2)), until the end of the ``with``.
+
+    :param mode: with its mode flags; 0 is the default, and then nothing is done. ``nodes``: their bits.
+    """
+    if not mode:
+        yield
+        return
+    mask = ctypes.create_string_buffer(nodes, len(nodes))
+    # SAFETY: the kernel reads as many bits as it is told that the mask has, which lives until the call returns.
+    _syscall("set_mempolicy", NR_SET_MEMPOLICY, mode, ctypes.addressof(mask), 8 * len(nodes) + 1)
+    try:
+        yield
+    finally:
+        _syscall("set_mempolicy", NR_SET_MEMPOLICY, 0, 0, 0)
+
+
+def add_seals(file: int, seals: int) -> None:
+    """Forbid for good what ``seals`` say (fcntl(2), F_ADD_SEALS)."""
+    fcntl.fcntl(file, F_ADD_SEALS, seals)
+
+
+def get_seals(file: int) -> int:
+    """What is forbidden of a memory file. :raises OSError: EINVAL: it cannot be sealed."""
+    return int(fcntl.fcntl(file, F_GET_SEALS))
 
 
 def punch_hole(file: int, offset: int, length_bytes: int) -> None:

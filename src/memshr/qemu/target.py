@@ -1,0 +1,195 @@
+"""One QEMU as the kernel shows it: everything that is asked of the kernel, or of QEMU's monitor, about a guest.
+
+``attachment`` decides what the answers mean. It speaks to this class and to ``agent.Session`` and to nothing else, so a
+stand-in for the two (``tests/standin``) plays a kernel in which every call can be made to fail.
+
+Every method raises OSError as the kernel does: that a look failed says nothing of whether the process is still there.
+That is ``has_ended``'s to say, from the pidfd, which stands for this very process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memshr.errors import NoSuchDomainError, RefusedDomainError
+from memshr.procfs import Mappings, count_mappings, process_mappings
+from memshr.qemu import agent, control_area, guests, injection, pagemap, syscalls
+from memshr.qemu.agent import Session
+from memshr.qemu.control_area import ControlArea
+from memshr.qemu.guests import GuestProcess, RamRange
+from memshr.qemu.injection import Injector
+from memshr.qemu.pagemap import Pagemap
+from memshr.types import PAGE_SIZE, DomId, PageBytes
+
+DRAIN_DEADLINE_S: Final = 10.0
+
+
+class Target:
+    """One QEMU process, open for looking.
+
+    :raises OSError: it has ended, or we may not look.
+    """
+
+    def __init__(self, process: GuestProcess) -> None:
+        self.process = process
+        with contextlib.ExitStack() as undo:
+            self._pidfd = os.pidfd_open(process.pid)
+            undo.callback(os.close, self._pidfd)
+            self._pagemap = Pagemap(process.pid)
+            undo.callback(self._pagemap.close)
+            self._files = undo.pop_all()
+        self._last_mappings: Mappings | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its process, as we number it."""
+        return self.process.pid
+
+    def has_ended(self) -> bool:
+        """Whether the process has exited, be it reaped or not, or has become another program."""
+        ready = select.poll()
+        ready.register(self._pidfd, select.POLLIN)
+        return bool(ready.poll(0)) or not self.process.running
+
+    def close(self) -> None:
+        """Close every file."""
+        self._files.close()
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    def layout(self) -> list[RamRange]:
+        """Where its RAM is. :raises BackendError: QEMU does not tell."""
+        with self.process.monitor() as monitor:
+            return guests.memory_layout(monitor)
+
+    def entries(self, hvas: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """The pagemap entry of the page at each address, shape ``(n,)``."""
+        try:
+            return self._pagemap.entries(hvas)
+        except NoSuchDomainError as error:
+            raise ProcessLookupError(str(error)) from error
+
+    def zero_pages(self, entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which entries are of the kernel's own zero page."""
+        return self._pagemap.zero_pages(entries)
+
+    def huge(self, entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which entries are of transparent huge pages."""
+        return self._pagemap.huge(entries)
+
+    def mappings(self) -> Mappings:
+        """What it has mapped now; the same object as the last time if nothing has changed since."""
+        self._last_mappings = process_mappings(self.pid, last=self._last_mappings)
+        return self._last_mappings
+
+    def forget_mappings(self) -> None:
+        """Have the next ``mappings`` make a new object."""
+        self._last_mappings = None
+
+    def mappings_left(self) -> int:
+        """How many more mappings it may have."""
+        return pagemap.map_count_limit() - count_mappings(self.pid)
+
+    def flags_at(self, hva: int) -> frozenset[str]:
+        """The VmFlags of the mapping at an address."""
+        return pagemap.mapping_flags(self.pid, hva)
+
+    def read(self, hvas: NDArray[np.int64], out: PageBytes, rows: NDArray[np.int64]) -> int:
+        """Contents of pages, that at ``hvas[i]`` into row ``rows[i]`` of ``out``; returns how many bytes were read."""
+        (at,) = np.nonzero((np.diff(hvas, prepend=-1) != PAGE_SIZE) | (np.diff(rows, prepend=-1) != 1))
+        pieces = np.empty((2, len(at)), dtype=agent.IOVEC)
+        pieces["length"] = np.diff(at, append=len(hvas)) * PAGE_SIZE
+        pieces["base"][0], pieces["base"][1] = out.ctypes.data + rows[at] * PAGE_SIZE, hvas[at]
+        read_bytes = 0
+        for first in range(0, len(at), syscalls.IOV_MAX):
+            local, remote = pieces[:, first : first + syscalls.IOV_MAX]
+            got = syscalls.process_vm_readv(self.pid, local, remote)
+            read_bytes += got
+            if got != int(remote["length"].sum()):
+                break
+        return read_bytes
+
+    def split_huge_pages(self, hvas: NDArray[np.int64]) -> None:
+        """Split the huge pages at these addresses, by MADV_COLD on a part of each."""
+        pieces = np.zeros(len(hvas), dtype=agent.IOVEC)
+        pieces["base"] = hvas
+        pieces["length"] = PAGE_SIZE
+        for start in range(0, len(pieces), syscalls.IOV_MAX):
+            some = np.ascontiguousarray(pieces[start : start + syscalls.IOV_MAX])
+            syscalls.process_madvise(self._pidfd, some, syscalls.MADV_COLD)
+
+    def ksm_pages(self) -> int:
+        """How many of its pages KSM has merged."""
+        return pagemap.ksm_pages(self.pid)
+
+    @staticmethod
+    def host_available_bytes() -> int:
+        """MemAvailable of the host."""
+        return pagemap.host_available_bytes()
+
+    # -- attaching -------------------------------------------------------------------------------------------------
+
+    def has_agent(self) -> bool:
+        """Whether some memshr has been at work in it."""
+        found = ControlArea.find_all(self.pid)
+        for control in found:
+            control.close()
+        return bool(found)
+
+    def has_direct_drives(self) -> bool:
+        """Whether disk requests write into its RAM past the page tables."""
+        with self.process.monitor() as monitor:
+            return guests.has_direct_drives(monitor)
+
+    def connect(self, layout: list[RamRange], injector: Injector, domid: DomId) -> Session:
+        """Find or install the agent, and open a session.
+
+        :raises RefusedDomainError: the guest must not be touched; ``reasons`` says why.
+        :raises ConnectionLostError: QEMU, or its agent, does not answer.
+        """
+        name = self.process.name
+        with self.process.monitor() as monitor:
+            mappings = self.mappings()
+            reasons = guests.refusals(self.process, monitor, layout, mappings)
+            if reasons:
+                raise RefusedDomainError(
+                    f"guest {name} ({self.pid}) must not be touched: {'; '.join(map(str, reasons))}",
+                    reasons=[str(reason) for reason in reasons],
+                    domid=domid,
+                )
+            code = mappings.named(control_area.MAPPED_CONTROL.__eq__) & mappings.executable
+            places = [f"{place.start:x}-{place.end:x}" for place in mappings.of(code)]
+            control = ControlArea.find(self.pid, places) or injection.install(self.pid, name, monitor, injector)
+            return Session.open(self.pid, self._pidfd, name, control, monitor)
+
+    def drain(self) -> None:
+        """Wait until every disk request that is under way has ended; the guest goes on.
+
+        Nothing may be in flight meanwhile: this needs QEMU's main thread, which may itself come to wait for a page.
+        """
+        with self.process.monitor() as monitor:
+            monitor.drain(DRAIN_DEADLINE_S)
+
+    def disconnect(self, session: Session, injector: Injector) -> None:
+        """End the session and take the agent out: thread, mappings and descriptors are gone.
+
+        :raises ConnectionLostError: QEMU does not run; the agent stays.
+        """
+        session.end_agent(self.pid)
+        for each in ControlArea.find_all(self.pid):  # of memshrs that died while they put one in
+            if each.thread_lives(self.pid):
+                with self.process.monitor() as monitor:
+                    Session.open(self.pid, self._pidfd, self.process.name, each, monitor).end_agent(self.pid)
+            else:
+                each.close()
+        for each in ControlArea.find_all(self.pid):
+            try:
+                injection.uninstall(self.pid, each, injector)
+            finally:
+                each.close()
