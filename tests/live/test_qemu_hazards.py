@@ -28,6 +28,7 @@ from memshr.errors import (
 from memshr.procfs import process_mappings
 from memshr.qemu import attachment, books, syscalls
 from memshr.qemu.agent import Session, entries, is_in_session
+from memshr.qemu.control_area import IF_EQUAL
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.pool import FramePool
 from memshr.sharing.groups import trust_groups
@@ -282,7 +283,7 @@ def test_pool_that_only_has_the_name_is_not_trusted() -> None:
         claims = [each for each in process_mappings(os.getpid()) if "memshr-pool" in each.path]
         adopted = [FramePool.adopt(os.getpid(), mapping) for mapping in claims]
     assert len(adopted) == 2
-    assert {pool.inode for pool in adopted if pool is not None} == {real.inode}
+    assert {pool.file for pool in adopted if pool is not None} == {real.file}
     assert fcntl.fcntl(readable, syscalls.F_GET_SEALS) & syscalls.F_SEAL_SHRINK
     for pool in [real, *filter(None, adopted)]:
         pool.close()
@@ -434,17 +435,24 @@ def test_stopped_qemu_is_given_up_and_keeps_its_memory(host: QtestHost) -> None:
     share(host, run_of(FIRST, 1), run_of(SECOND, 1))
     for opened in host.hypervisor._books.guests:
         assert opened.session is not None
-        opened.session._wire.settimeout(0.2)
+        opened.session.deadline_s = 0.2
     os.kill(host.guests[1].pid, signal.SIGSTOP)
     try:
-        with pytest.raises(ConnectionLostError, match="did not run"):
-            host.hypervisor.share_gfns_many(run_of(FIRST, 4), source_handles, run_of(SECOND, 4), client_handles)
+        statuses = host.hypervisor.share_gfns_many(run_of(FIRST, 4), source_handles, run_of(SECOND, 4), client_handles)
     finally:
         os.kill(host.guests[1].pid, signal.SIGCONT)
+    assert statuses.tolist()[1:] == [Status.ESRCH] * 3
+    (trouble,) = host.hypervisor.trouble
+    assert "right" in trouble
+    assert "did not run" in trouble
+    assert list(host.hypervisor.names()) == [FIRST]
     wait_until(lambda: host.read(SECOND, Gfn(FIRST_GFN + 1)) == page(1), 10, "the guest goes on")
     fill(host.guests[1], page(2), 4)
     assert host.read(SECOND, Gfn(FIRST_GFN + 3)) == page(2)
     assert host.hypervisor.audit().clean
+    host.hypervisor.control(SECOND, True)
+    assert host.hypervisor.trouble == ()
+    assert not share(host, run_of(SECOND, 1), run_of(SECOND, 4)[3:]).any()
 
 
 def shared_pair(host: QtestHost) -> None:
@@ -536,8 +544,8 @@ def die_with_a_slow_table(guest: QtestGuest) -> None:
         "hypervisor = QemuHypervisor([inspect_process(int(sys.argv[1]))])\n"
         f"hypervisor.nominate_gfn(1, {FIRST_GFN})\n"
         "opened = hypervisor._books.guests[0]\n"
-        "hypervisor._hand_over_pools([opened])\n"
         f"(row,) = opened.pages_of_gfns(np.array([{FIRST_GFN}]))\n"
+        "hypervisor._hand_over_pools([opened], np.array([row]))\n"
         "(frame,) = hypervisor._new_frames(np.array([row]))\n"
         "pool = hypervisor._books.pools[int(frame) >> 32].pool\n"
         "hva = int(opened.hvas[row])\n"
@@ -613,7 +621,7 @@ def test_ctrl_c_lets_nobody_write_under_a_table(
     posted = threading.Event()
 
     def post_slowly(session: Session, table: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> None:
-        if table[0, 0] == syscalls.NR_MMAP:
+        if table[0, 0] == syscalls.NR_MMAP | IF_EQUAL:
             post(session, np.concatenate([entries([(7, 0, 0, 1500)], results=[0]), table]))
             posted.set()
         else:

@@ -1,36 +1,124 @@
 """Agents of several guests at work at the same time."""
 
+import socket
+from collections.abc import Iterator
+from typing import Any, cast
+
 import pytest
 
+from memshr.qemu.agent import Session
 from memshr.qemu.attachment import Steps, carry_out
 
 
-def test_every_table_is_posted_before_the_first_answer_is_awaited() -> None:
+class Posted:
+    """Stands for a session that has posted a table: what ``carry_out`` looks at, and nothing else."""
+
+    def __init__(self, rest_s: float = 60.0) -> None:
+        self.rest_s = rest_s
+        self._ours, self._theirs = socket.socketpair()
+
+    def fileno(self) -> int:
+        """Readable once the agent has answered."""
+        return self._ours.fileno()
+
+    def answer(self) -> None:
+        """As the agent does."""
+        self._theirs.send(b"\1")
+
+    def take(self) -> None:
+        """As await_answer does."""
+        self._ours.recv(64)
+
+    def close(self) -> None:
+        """Both ends."""
+        self._ours.close()
+        self._theirs.close()
+
+
+@pytest.fixture
+def sessions() -> Iterator[list[Posted]]:
+    """Four of them."""
+    made = [Posted() for _ in range(4)]
+    yield made
+    for each in made:
+        each.close()
+
+
+def waiting_for(session: Posted) -> Session:
+    return cast(Session, session)
+
+
+def test_every_table_is_posted_before_the_first_answer_is_awaited(sessions: list[Posted]) -> None:
     seen: list[str] = []
 
-    def work(name: str, tables: int) -> Steps:
+    def work(name: str, session: Posted, tables: int) -> Steps:
         for number in range(tables):
             seen.append(f"post {name}{number}")
-            yield
+            session.answer()
+            yield waiting_for(session)
+            session.take()
             seen.append(f"answer {name}{number}")
         return tables
 
-    assert carry_out([work("a", 2), work("b", 1), work("c", 0)]) == [2, 1, 0]
-    assert seen == ["post a0", "post b0", "answer a0", "post a1", "answer b0", "answer a1"]
+    a, b, c, _ = sessions
+    assert carry_out([work("a", a, 2), work("b", b, 1), work("c", c, 0)]) == [2, 1, 0]
+    assert seen[:2] == ["post a0", "post b0"]
+    assert sorted(seen[2:4]) in (["answer a0", "post a1"], ["answer a0", "answer b0"], ["answer b0", "post a1"])
+    assert len(seen) == 6
 
 
-def test_work_of_others_is_done_when_one_fails() -> None:
+def test_nobody_waits_for_the_agent_of_another(sessions: list[Posted]) -> None:
+    """The first has not answered; the second goes on, and it is the second that lets the first answer."""
+    first, second, *_ = sessions
+    seen: list[str] = []
+
+    def slow() -> Steps:
+        yield waiting_for(first)
+        first.take()
+        seen.append("slow")
+        return 1
+
+    def quick() -> Steps:
+        for _ in range(3):
+            second.answer()
+            yield waiting_for(second)
+            second.take()
+        seen.append("quick")
+        first.answer()
+        return 3
+
+    assert carry_out([slow(), quick()]) == [1, 3]
+    assert seen == ["quick", "slow"]
+
+
+def test_work_goes_on_when_the_time_for_an_answer_is_over(sessions: list[Posted]) -> None:
+    """What that means is for whoever waits to say; here nothing hangs."""
+    silent = sessions[0]
+    silent.rest_s = 0.0
+
+    def work() -> Steps:
+        yield waiting_for(silent)
+        return 7
+
+    assert carry_out([work()]) == [7]
+
+
+def test_work_of_others_is_done_when_one_fails(sessions: list[Posted]) -> None:
     done: list[str] = []
 
-    def work(name: str, error: type[BaseException] | None) -> Steps:
-        yield
+    def work(name: str, session: Posted, error: type[BaseException] | None) -> Steps:
+        session.answer()
+        yield waiting_for(session)
+        session.take()
         if error is not None:
             raise error(name)
-        yield
+        session.answer()
+        yield waiting_for(session)
         done.append(name)
         return 1
 
-    works = [work("first", None), work("second", KeyboardInterrupt), work("third", OSError), work("fourth", None)]
-    with pytest.raises(KeyboardInterrupt, match="second"):
+    errors: list[Any] = [None, KeyboardInterrupt, None, None]
+    works = [work(str(at), session, error) for at, (session, error) in enumerate(zip(sessions, errors, strict=True))]
+    with pytest.raises(KeyboardInterrupt, match="1"):
         carry_out(works)
-    assert done == ["first", "fourth"]
+    assert sorted(done) == ["0", "2", "3"]

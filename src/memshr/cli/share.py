@@ -97,6 +97,7 @@ def _share_guests(
         report = run_session(hypervisor, groups, options)
         hypervisor.fold_back(seen=report.counters)
         figures = [hypervisor.guest_figures(domid) for domid in hypervisor.names()]
+        trouble = hypervisor.trouble
     gained_bytes = host_available_bytes() - before_bytes
     if as_json:
         host = {"mem_available_gained_bytes": gained_bytes, "counted_bytes": report.saved_pages * PAGE_SIZE}
@@ -113,7 +114,11 @@ def _share_guests(
         )
         for guest in figures:
             click.echo(f"{printable(guest.name)}: {guest.mappings_left:,} more mappings fit into its process.")
+    for line in trouble:
+        print(f"memshr: {printable(line)}", file=sys.stderr)
     exit_with(report)
+    if trouble:
+        raise click.exceptions.Exit(3)
 
 
 def _willing(processes: Sequence[GuestProcess]) -> list[GuestProcess]:

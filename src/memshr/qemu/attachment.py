@@ -42,6 +42,7 @@ from memshr.errors import (
 from memshr.procfs import Mapping, Mappings
 from memshr.qemu import control_area, pagemap, syscalls, tables
 from memshr.qemu.agent import AgentCallError, Session, entries
+from memshr.qemu.bounded import StuckError
 from memshr.qemu.control_area import NOT_EQUAL, Original
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.injection import Injector
@@ -290,6 +291,9 @@ class Attachment:
         except OSError as error:
             failure = self.failed(error)
             raise failure from error
+        except StuckError as error:
+            self.lose(error)
+            raise
         except (ConnectionLostError, AgentCallError) as error:
             if self.target.has_ended():
                 self._give_up(GuestState.GONE)

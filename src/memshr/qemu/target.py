@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from memshr.errors import NoSuchDomainError, RefusedDomainError
 from memshr.procfs import Mappings, count_mappings, process_mappings
 from memshr.qemu import agent, control_area, guests, injection, pagemap, syscalls
 from memshr.qemu.agent import Session
+from memshr.qemu.bounded import Bounded
 from memshr.qemu.control_area import ControlArea
 from memshr.qemu.guests import GuestProcess, RamRange
 from memshr.qemu.injection import Injector
@@ -45,6 +47,8 @@ class Target:
             undo.callback(self._pagemap.close)
             self._files = undo.pop_all()
         self._last_mappings: Mappings | None = None
+        self._reader = Bounded(f"reading guest {process.name} ({process.pid})")
+        self._files.callback(self._reader.close)
 
     @property
     def pid(self) -> int:
@@ -109,7 +113,7 @@ class Target:
         read_bytes = 0
         for first in range(0, len(at), syscalls.IOV_MAX):
             local, remote = pieces[:, first : first + syscalls.IOV_MAX]
-            got = syscalls.process_vm_readv(self.pid, local, remote)
+            got = self._reader.call(partial(syscalls.process_vm_readv, self.pid, local, remote))
             read_bytes += got
             if got != int(remote["length"].sum()):
                 break
