@@ -43,8 +43,12 @@ class QtestHost:
         self.hypervisor = QemuHypervisor(
             [process_of(guest) for guest in guests], groups=everybody if groups is None else groups
         )
-        for domain in self.hypervisor.domains():
-            self.hypervisor.control(domain.domid, True)
+        try:
+            for domain in self.hypervisor.domains():
+                self.hypervisor.control(domain.domid, True)
+        except BaseException:
+            self.hypervisor.close()
+            raise
 
     @property
     def domids(self) -> tuple[DomId, DomId]:

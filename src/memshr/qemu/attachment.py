@@ -71,8 +71,9 @@ MAPPING_OVER_IS_SAFE = tuple(int(part) for part in os.uname().release.split("-")
 made beside and moved into place by mremap, which looks for what may fail before it takes anything away."""
 
 MAPPED, DIFFERS = 1, 2
-_MOST_DIFFERENCES: Final = 8
-"""Runs of a table that may differ from their frames. Even one takes a defect of the kernel, or a QEMU that lies."""
+_MOST_DIFFERENCES: Final = 64
+"""How often the agent may stop in one flight because a page is not what it was. Even once takes somebody else who
+changes guest memory, or a QEMU that cheats."""
 
 _UNMERGE_BYTES: Final = 64 << 20
 """Memory that is taken from KSM in one call, which keeps QEMU's other threads from faulting meanwhile."""
@@ -637,27 +638,39 @@ class Attachment:
         """Map frames of one pool, which QEMU has been given, over protected pages that hold the same bytes.
 
         :param frames: the frame (its number in the pool) of each page, shape ``(n,)``.
-        :param fate: shape ``(n,)``, all 0; becomes MAPPED, or DIFFERS for a run of pages of which one does not hold
-            what its frame holds; what stays 0 was not reached, as the host had no more memory or mappings.
+        :param fate: shape ``(n,)``, all 0; becomes MAPPED, or DIFFERS for a page that does not hold what its frame
+            holds; what stays 0 was not reached, as the host had no more memory or mappings.
         :returns: how many of the pages were mapped.
         """
-        table, ends = tables.mapping_frames(self.hvas[pages], frames, self._pool_numbers[pool.file])
-        row = 0
-        for _ in range(_MOST_DIFFERENCES):
-            done = yield from self._remap(table[row:])
-            first, end = int(ends[row - 1]) if row else 0, int(ends[row + done - 1]) if row + done else 0
-            fate[first:end] = MAPPED
-            self._unregistered[pages[first:end]] = True
-            row += done
-            if row == len(table) or not self._stopped_at_a_difference:
-                return int((fate == MAPPED).sum())
-            fate[end : int(ends[row])] = DIFFERS
-            row += 1
-            if row == len(table):
-                return int((fate == MAPPED).sum())
-        error = ConnectionLostError("its protected pages change all the time")
-        self.lose(error)
-        raise self.lost_error() from error
+        number = self._pool_numbers[pool.file]
+        waiting = [slice(0, len(pages))]
+        differences = 0
+        while waiting:
+            some = waiting.pop()
+            table, ends = tables.mapping_frames(self.hvas[pages[some]], frames[some], number)
+            done = yield from self._remap(table)
+            end = some.start + (int(ends[done - 1]) if done else 0)
+            fate[some.start : end] = MAPPED
+            self._unregistered[pages[some.start : end]] = True
+            if done == len(table):
+                continue
+            if not self._stopped_at_a_difference:
+                break
+            differences += 1
+            if differences > _MOST_DIFFERENCES:
+                error = ConnectionLostError("its protected pages change all the time")
+                self.lose(error)
+                raise self.lost_error() from error
+            # One page of a run differs: by halves until it is found. The others go on.
+            after = some.start + int(ends[done])
+            if after < some.stop:
+                waiting.append(slice(after, some.stop))
+            if after - end == 1:
+                fate[end] = DIFFERS
+            else:
+                middle = (end + after) // 2
+                waiting += [slice(middle, after), slice(end, middle)]
+        return int((fate == MAPPED).sum())
 
     def map_nothing(self, pages: Pages, anonymous: NDArray[np.bool_]) -> Steps:
         """Give the memory of protected pages back: they read as zeros afterwards. Returns how many, as map_frames.
