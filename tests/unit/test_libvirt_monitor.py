@@ -133,7 +133,7 @@ def fake_libvirt(monkeypatch: pytest.MonkeyPatch) -> FakeLibvirt:
 
 def guest() -> GuestProcess:
     """A guest as libvirt 9.0 starts it."""
-    return GuestProcess(pid=1, start_ticks=1, name="web", arguments=ARGUMENTS, qmp_path=None, libvirt=True)
+    return GuestProcess(pid=1, start_ticks=1, name="web", arguments=ARGUMENTS, qmp_path=None, libvirt=True, uid=0)
 
 
 def test_commands_go_to_the_domain_of_this_uuid(fake_libvirt: FakeLibvirt) -> None:

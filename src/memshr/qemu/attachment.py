@@ -134,7 +134,7 @@ class Attachment:
             if not process.running:
                 raise self.gone()
             with process.monitor() as monitor:
-                self.layout = guests.memory_layout(monitor)
+                self.layout = guests.memory_layout(monitor, self.mappings())
             self._closing = undo.pop_all()
         self.first_gfns = np.array([ram.first_gfn for ram in self.layout], dtype=np.int64)
         self.range_pages = np.array([ram.pages for ram in self.layout], dtype=np.int64)
