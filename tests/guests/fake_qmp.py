@@ -75,12 +75,19 @@ class FakeQmp:
 
     :param replies: what to say to each command; to one that is not named: that there is none.
     :param pace_s: how long to wait before each piece of an answer.
+    :param listener: a socket that listens already; None: one at ``path`` is made.
 
     ``requests`` and ``raw`` are what was received, ``files`` the descriptors that came along.
     """
 
     def __init__(
-        self, path: Path, replies: Mapping[str, Reply], *, greeting: bytes = GREETING, pace_s: float = 0.0
+        self,
+        path: Path,
+        replies: Mapping[str, Reply],
+        *,
+        greeting: bytes = GREETING,
+        pace_s: float = 0.0,
+        listener: socket.socket | None = None,
     ) -> None:
         self.path = path
         self.requests: list[Request] = []
@@ -89,9 +96,13 @@ class FakeQmp:
         self._replies = {"qmp_capabilities": returning({}), **replies}
         self._greeting, self._pace_s = greeting, pace_s
         self._ended = threading.Event()
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(os.fspath(path))
-        self._listener.listen(4)
+        if listener is None:
+            listener = socket.socket(socket.AF_UNIX)
+            early = path.with_name(f"{path.name}.early")  # whoever finds it at its place can connect
+            listener.bind(os.fspath(early))
+            listener.listen(4)
+            early.rename(path)
+        self._listener = listener
         self._thread = threading.Thread(target=self._serve, name="fake-qmp", daemon=True)
         self._client: socket.socket | None = None
 
@@ -247,11 +258,29 @@ class FakeQemu:
 
 
 def main() -> None:
-    """Serve in a mode until killed, or until whoever started us is gone."""
-    path, mode = sys.argv[1:3]
+    """Serve in a mode until killed, or until whoever started us is gone.
+
+    ``chrooted`` lives in the folder of its socket, to which an absolute link leads; ``passed-on`` listens on a socket
+    that a process made which has ended; both are honest else.
+    """
+    path, mode = Path(sys.argv[1]), sys.argv[2]
     ram = Ram(RAM_MIB << 20)
     parent = os.getppid()
-    with FakeQmp(Path(path), odd(mode, ram.address)):
+    listener = None
+    if mode == "passed-on":
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.fspath(path.with_suffix(".early")))
+        if (child := os.fork()) == 0:
+            listener.listen(4)
+            os._exit(0)
+        os.waitpid(child, 0)
+        path.with_suffix(".early").rename(path)
+    if mode == "chrooted":
+        os.chroot(path.parent)
+        Path("/link").symlink_to("/inside.qmp")
+        Path("/chrooted.qmp").symlink_to("inside.qmp")
+        path = Path("/inside.qmp")
+    with FakeQmp(path, odd("honest" if mode in {"chrooted", "passed-on"} else mode, ram.address), listener=listener):
         while os.getppid() == parent:
             threading.Event().wait(0.5)
 

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,10 +27,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def asked(
-    tmp_path: Path, *, greeting: bytes = GREETING, pace_s: float = 0.0, **replies: Reply
+    tmp_path: Path,
+    replies: Mapping[str, Reply] | None = None,
+    *,
+    greeting: bytes = GREETING,
+    pace_s: float = 0.0,
+    **more: Reply,
 ) -> Iterator[tuple[SocketMonitor, FakeQmp]]:
     """A connection to a server; ``_`` in the name of a command stands for ``-``."""
-    named = {name.replace("_", "-"): reply for name, reply in replies.items()}
+    named = {name.replace("_", "-"): reply for name, reply in {**(replies or {}), **more}.items()}
     with (
         FakeQmp(tmp_path / "qmp", named, greeting=greeting, pace_s=pace_s) as server,
         SocketMonitor(server.path) as monitor,
@@ -312,7 +317,7 @@ def version(major: int, minor: int) -> Reply:
 @pytest.mark.parametrize("replay", [returning({"mode": "none", "icount": 0}), refusing("none", "CommandNotFound")])
 def test_drain_of_a_version_that_is_known(tmp_path: Path, major: int, minor: int, replay: Reply) -> None:
     replies = {"query_version": version(major, minor), "query_replay": replay, "transaction": returning({})}
-    with asked(tmp_path, **replies) as (monitor, server):
+    with asked(tmp_path, replies) as (monitor, server):
         monitor.drain(5)
     assert server.requests[-1]["execute"] == "transaction"
     assert server.requests[-1]["arguments"] == {"actions": []}
@@ -330,7 +335,7 @@ def test_drain_of_a_version_that_is_known(tmp_path: Path, major: int, minor: int
 def test_drain_that_may_do_nothing(tmp_path: Path, major: int, minor: int, mode: str, words: str) -> None:
     replies = {"query_version": version(major, minor), "query_replay": returning({"mode": mode, "icount": 0})}
     with (
-        asked(tmp_path, **replies, transaction=returning({})) as (monitor, server),
+        asked(tmp_path, replies, transaction=returning({})) as (monitor, server),
         pytest.raises(UnsupportedError, match=words),
     ):
         monitor.drain(5)
@@ -340,7 +345,7 @@ def test_drain_that_may_do_nothing(tmp_path: Path, major: int, minor: int, mode:
 def test_drain_has_its_own_deadline(tmp_path: Path) -> None:
     replies = {"query_version": version(7, 2), "query_replay": returning({"mode": "none"}), "transaction": saying()}
     with (
-        asked(tmp_path, **replies) as (monitor, _),
+        asked(tmp_path, replies) as (monitor, _),
         pytest.raises(ConnectionLostError, match="did not answer transaction"),
     ):
         monitor.drain(SHORT_S)
