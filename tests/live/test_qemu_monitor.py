@@ -1,16 +1,12 @@
 """What a real QEMU makes of what the monitor is used for: descriptors by name, and draining without a stop."""
 
-import os
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from guests.kit import need_root
-from guests.machine import Machine
 from guests.qtest import QtestGuest
+from live.descriptors import memory_file, numbers_of
 from live.parts import needed_parts
 from live.qemu_host import booted, process_of
 from memshr.qemu.monitor import MonitorError, SocketMonitor
@@ -19,27 +15,6 @@ LATENCY_NS = 3_000_000_000
 """long enough to ask QEMU something meanwhile, on any machine"""
 SLOW_DRIVE = ["-drive", f"if=none,id=slow,driver=null-aio,read-zeroes=on,latency-ns={LATENCY_NS}"]
 DRAIN_DEADLINE_S = 60.0
-
-
-@contextmanager
-def memory_file() -> Iterator[tuple[int, str]]:
-    """A file in memory, and its name, which no other file has."""
-    name = f"by-name-{random.SystemRandom().getrandbits(64):x}"
-    file = os.memfd_create(name)
-    try:
-        yield file, name
-    finally:
-        os.close(file)
-
-
-def numbers_of(machine: Machine, name: str) -> list[int]:
-    """The descriptors of a QEMU that are the file in memory with this name."""
-    found = []
-    for entry in Path(f"/proc/{machine.pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            if f"/memfd:{name} " in os.fspath(entry.readlink()):
-                found.append(int(entry.name))
-    return found
 
 
 @pytest.mark.parametrize("paused", [True, False])

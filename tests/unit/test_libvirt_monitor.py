@@ -229,10 +229,40 @@ def test_a_command_that_is_never_answered(fake_libvirt: FakeLibvirt, monkeypatch
         go_on.wait(30)
 
     fake_libvirt.at_command = wait
-    with (
-        LibvirtMonitor("web", UUID) as monitor,
-        pytest.raises(ConnectionLostError, match="did not answer query-status"),
-    ):
-        monitor.execute("query-status")
+    with LibvirtMonitor("web", UUID) as monitor:
+        with pytest.raises(ConnectionLostError, match="did not answer query-status"):
+            monitor.execute("query-status")
+        with pytest.raises(ConnectionLostError, match="cont was not sent"):
+            monitor.execute("cont")
     assert fake_libvirt.closed == 0  # that would have waited, too
+    assert [request["execute"] for request, _ in fake_libvirt.asked] == ["query-status"]
     go_on.set()
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["", "error", "[" * 100_000, '{"return": ' + "9" * 10_000 + "}", "[]", "{}", '{"error": {"desc": 1}}', "\ud800"],
+)
+def test_answer_that_is_no_qmp(fake_libvirt: FakeLibvirt, said: str) -> None:
+    """libvirt hands on what QEMU says."""
+    sys.modules["libvirt_qemu"].__dict__["qemuMonitorCommand"] = lambda domain, request, flags: said
+    with LibvirtMonitor("web", UUID) as monitor, pytest.raises(ConnectionLostError, match="no proper QMP") as caught:
+        monitor.execute("query-status")
+    assert str(caught.value).isprintable()
+
+
+def test_answer_of_another_type(fake_libvirt: FakeLibvirt) -> None:
+    fake_libvirt.answer = {"return": {"status": 1}, "id": "libvirt-7"}
+    with LibvirtMonitor("web", UUID) as monitor, pytest.raises(ConnectionLostError, match="status is of another type"):
+        monitor.state()
+
+
+def test_descriptor_is_handed_over_by_name(fake_libvirt: FakeLibvirt) -> None:
+    fake_libvirt.answer = {"return": {}, "id": "libvirt-7"}
+    with LibvirtMonitor("web", UUID) as monitor:
+        monitor.hand_over(5)
+        monitor.take_back()
+    assert [(request["execute"], request["arguments"], files) for request, files in fake_libvirt.asked] == [
+        ("getfd", {"fdname": "memshr"}, [5]),
+        ("closefd", {"fdname": "memshr"}, []),
+    ]

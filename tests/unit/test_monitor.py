@@ -115,17 +115,17 @@ def test_greeting_that_trickles(tmp_path: Path, impatient: None) -> None:
 
 
 def test_connection_as_a_whole_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "PATIENCE_S", SHORT_S)
+    monkeypatch.setattr(door, "PATIENCE_S", 2.0)
     with (
-        asked(tmp_path, pace_s=0.01, query_name=returning({})) as (monitor, server),
+        asked(tmp_path, pace_s=0.2, query_name=returning({})) as (monitor, server),
         pytest.raises(ConnectionLostError, match="did not answer query-name"),
     ):
         _ask_for_long(monitor)
-    assert 1 < len(server.commands) < 10_000
+    assert 1 <= len(server.commands) <= 10, "each was answered in time, and took a tenth of the patience or more"
 
 
 def _ask_for_long(monitor: Monitor) -> None:
-    for _ in range(10_000):
+    for _ in range(60):
         monitor.execute("query-name")
 
 

@@ -2,12 +2,15 @@
 
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +79,25 @@ def test_socket_of_a_process_that_has_ended(tmp_path: Path) -> None:
         process = inspected(guest.pid)
         with pytest.raises(ConnectionLostError, match=r"is that of .*; if that is right, name it"):
             process.monitor()
+
+
+class PassedOnSocket(socket.socket):
+    """A connection to a listener that has ended, and whose number is ours by now: that cannot be had on demand."""
+
+    def getsockopt(self, level: int, option: int, size_bytes: int = 0) -> Any:
+        """SO_PEERCRED names us; the pidfd is of a process that has ended."""
+        if option == socket.SO_PEERCRED:
+            return struct.pack("3i", os.getpid(), os.getuid(), os.getgid())
+        with subprocess.Popen(["true"]) as child:
+            return os.pidfd_open(child.pid)
+
+
+def test_socket_of_a_process_whose_number_is_the_guests_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memshr.qemu.monitor.socket.socket", PassedOnSocket)
+    with FakeQmp(tmp_path / "qmp", {}) as server:
+        with pytest.raises(ConnectionLostError, match="is that of a process that is not there"):
+            ourselves(server.path).monitor()
+        assert server.raw == b""
 
 
 def test_socket_of_another_user_on_a_kernel_without_pidfds_of_peers(
