@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memshr.domainsource import DomainSource
-from memshr.errors import BackendError, MemshrError, NoSuchDomainError, UnsupportedError
+from memshr.errors import BackendError, MemshrError, NoSuchDomainError, UnsupportedError, printable
 from memshr.hypervisor import Hypervisor
 from memshr.sources import Subject
 from memshr.types import DomId
@@ -264,7 +264,7 @@ def _reachable(processes: Sequence[GuestProcess], notice: Callable[[str], None])
     if errors and not reachable:
         raise errors[0]
     for each in errors:
-        notice(f"left out: {each}")
+        notice(printable(f"left out: {each}"))
     return reachable
 
 

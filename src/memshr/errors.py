@@ -66,6 +66,17 @@ class Status(enum.IntEnum):
         return -self.value
 
 
+def printable(text: str) -> str:
+    """Words of strangers as one line that can be shown: bytes that are no text, and control characters, as escapes.
+
+    Names, what QEMU says, what a file holds: everything foreign goes through this before it reaches a terminal or page.
+    """
+    if text.isprintable():
+        return text
+    encoded = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in encoded)
+
+
 class MemshrError(Exception):
     """The root of the tree. ``remedy`` is what a user can do about it, where there is something."""
 

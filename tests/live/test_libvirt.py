@@ -14,6 +14,7 @@ from command_line import CommandLine
 from guests.kit import LinuxKit
 from guests.libvirt import Libvirt, LibvirtGuest
 from guests.peculiar import process_status
+from live.descriptors import memory_file, numbers_of
 from live.parts import needed_parts
 from memshr.errors import ConnectionLostError
 from memshr.qemu.guests import inspect_process
@@ -74,6 +75,27 @@ def test_guests_of_libvirt_share_and_go_on(
         assert "memfd:memshr" not in Path(f"/proc/{guest.pid}/maps").read_text()
         assert "memshr" not in libvirt.virsh("qemu-monitor-command", guest.name, '{"execute":"query-fdsets"}')
         assert "custom monitor" in libvirt.virsh("dominfo", guest.name)
+
+
+def test_descriptor_is_handed_to_a_paused_guest_and_closed_at_once(
+    guests: list[LibvirtGuest], libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", libvirt.uri)
+    guest = guests[0]
+    process = inspect_process(guest.pid)
+    assert process is not None
+    libvirt.virsh("suspend", guest.name)
+    try:
+        with memory_file() as (file, name), process.monitor() as monitor:
+            assert not monitor.runs()
+            monitor.hand_over(file)
+            assert len(numbers_of(guest, name)) == 1
+            monitor.take_back()
+            assert numbers_of(guest, name) == []
+            monitor.take_back()
+            monitor.drain(30)
+    finally:
+        libvirt.virsh("resume", guest.name)
 
 
 @pytest.mark.parametrize(

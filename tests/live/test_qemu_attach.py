@@ -122,7 +122,7 @@ def test_guests_are_found_by_name_and_pid(qemu: Path) -> None:
 def test_layout_goes_round_the_hole_below_4_gib(qemu: Path) -> None:
     with booted(qemu, "large", memory_mib=4096) as (guest,):
         with process_of(guest).monitor() as monitor:
-            layout = memory_layout(monitor)
+            layout = memory_layout(monitor, process_of(guest).mappings())
             assert refusals(process_of(guest), monitor, layout) == ()
         assert sum(ram.pages for ram in layout) * PAGE_SIZE >= (4096 << 20) - (1 << 20)
         high = Gfn(0x100000 + 5)

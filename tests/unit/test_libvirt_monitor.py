@@ -133,19 +133,19 @@ def fake_libvirt(monkeypatch: pytest.MonkeyPatch) -> FakeLibvirt:
 
 def guest() -> GuestProcess:
     """A guest as libvirt 9.0 starts it."""
-    return GuestProcess(pid=1, start_ticks=1, name="web", arguments=ARGUMENTS, qmp_path=None, libvirt=True)
+    return GuestProcess(pid=1, start_ticks=1, name="web", arguments=ARGUMENTS, qmp_path=None, libvirt=True, uid=0)
 
 
 def test_commands_go_to_the_domain_of_this_uuid(fake_libvirt: FakeLibvirt) -> None:
     with guest().monitor() as monitor:
         assert monitor.execute("query-status") == {"status": "running"}
-        fake_libvirt.answer = {"return": {"fd": 13, "fdset-id": 1}, "id": "libvirt-8"}
-        assert monitor.add_descriptor(5) == 13
+        fake_libvirt.answer = {"return": {}, "id": "libvirt-8"}
+        monitor.hand_over(5)
     assert fake_libvirt.opened == ["qemu:///system"]
     assert fake_libvirt.looked_up == [UUID]
     assert [(request["execute"], files) for request, files in fake_libvirt.asked] == [
         ("query-status", []),
-        ("add-fd", [5]),
+        ("getfd", [5]),
     ]
     assert fake_libvirt.closed == 1
     assert fake_libvirt.handlers, "or libvirt prints its errors itself"
@@ -229,10 +229,40 @@ def test_a_command_that_is_never_answered(fake_libvirt: FakeLibvirt, monkeypatch
         go_on.wait(30)
 
     fake_libvirt.at_command = wait
-    with (
-        LibvirtMonitor("web", UUID) as monitor,
-        pytest.raises(ConnectionLostError, match="did not answer query-status"),
-    ):
-        monitor.execute("query-status")
+    with LibvirtMonitor("web", UUID) as monitor:
+        with pytest.raises(ConnectionLostError, match="did not answer query-status"):
+            monitor.execute("query-status")
+        with pytest.raises(ConnectionLostError, match="cont was not sent"):
+            monitor.execute("cont")
     assert fake_libvirt.closed == 0  # that would have waited, too
+    assert [request["execute"] for request, _ in fake_libvirt.asked] == ["query-status"]
     go_on.set()
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["", "error", "[" * 100_000, '{"return": ' + "9" * 10_000 + "}", "[]", "{}", '{"error": {"desc": 1}}', "\ud800"],
+)
+def test_answer_that_is_no_qmp(fake_libvirt: FakeLibvirt, said: str) -> None:
+    """libvirt hands on what QEMU says."""
+    sys.modules["libvirt_qemu"].__dict__["qemuMonitorCommand"] = lambda domain, request, flags: said
+    with LibvirtMonitor("web", UUID) as monitor, pytest.raises(ConnectionLostError, match="no proper QMP") as caught:
+        monitor.execute("query-status")
+    assert str(caught.value).isprintable()
+
+
+def test_answer_of_another_type(fake_libvirt: FakeLibvirt) -> None:
+    fake_libvirt.answer = {"return": {"status": 1}, "id": "libvirt-7"}
+    with LibvirtMonitor("web", UUID) as monitor, pytest.raises(ConnectionLostError, match="status is of another type"):
+        monitor.state()
+
+
+def test_descriptor_is_handed_over_by_name(fake_libvirt: FakeLibvirt) -> None:
+    fake_libvirt.answer = {"return": {}, "id": "libvirt-7"}
+    with LibvirtMonitor("web", UUID) as monitor:
+        monitor.hand_over(5)
+        monitor.take_back()
+    assert [(request["execute"], request["arguments"], files) for request, files in fake_libvirt.asked] == [
+        ("getfd", {"fdname": "memshr"}, [5]),
+        ("closefd", {"fdname": "memshr"}, []),
+    ]

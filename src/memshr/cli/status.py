@@ -161,6 +161,7 @@ def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), caption_justify="left")
     for column in ("guest", "group"):
         table.add_column(column, overflow="fold", min_width=10 if column == "guest" else 5)
+    table.add_column("user", overflow="fold", min_width=4)
     for column in ("pid", "state", "RAM", "shared", "frames", "copied", "/s", "ok"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in found:
@@ -168,8 +169,9 @@ def _table(found: Sequence[GuestStatus], rates: Mapping[int, float]) -> Table:
         table.add_row(
             shown(each.process.name),
             shown(", ".join(each.groups)),
+            shown(each.process.user),
             str(each.process.pid),
-            each.state,
+            shown(each.state),
             f"{each.ram_bytes / 2**20:,.1f}",
             mib(each.sharing_pages),
             mib(each.frames),
@@ -189,6 +191,8 @@ def _plain(status: GuestStatus) -> dict[str, object]:
     return {
         "name": status.process.name,
         "pid": status.process.pid,
+        "uid": status.process.uid,
+        "user": status.process.user,
         "state": status.state,
         "ram_bytes": status.ram_bytes,
         "attached": status.attached,

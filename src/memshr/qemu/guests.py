@@ -2,7 +2,9 @@
 
 A guest is a process whose program is QEMU. Its name and its QMP socket are taken from its command line; where its RAM
 lies in its address space is asked of QEMU itself (``info mtree -f`` for the guest-physical side, ``gpa2hva`` for the
-host side), so the hole below 4 GiB, memory that was plugged in, and several NUMA nodes need no rules of ours.
+host side), so the hole below 4 GiB, memory that was plugged in, and several NUMA nodes need no rules of ours. What a
+process says of itself is no evidence: a socket is used when its listener is that process or the operator named it, and
+a layout when there are mappings behind it.
 
 ``refusals`` has every reason why a guest must be left alone, each with its remedy. A reason is a fact about the guest
 or the host, never a guess: what could not be found out is itself a reason.
@@ -14,19 +16,21 @@ import errno
 import itertools
 import os
 import platform
+import pwd
 import re
+import socket
+import struct
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from memshr.errors import BackendError, NoSuchDomainError
+from memshr.errors import BackendError, ConnectionLostError, NoSuchDomainError, PermissionDeniedError, printable
 from memshr.procfs import Mappings, process_mappings
 from memshr.qemu import syscalls
 from memshr.qemu.libvirt_monitor import LibvirtMonitor
-from memshr.qemu.monitor import Monitor, MonitorError, SocketMonitor
+from memshr.qemu.monitor import LONGEST_WORD, Monitor, MonitorError, SocketMonitor
 from memshr.qemu.pool import of_pools
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, Gfn
 
@@ -34,7 +38,13 @@ _PROGRAM = re.compile(r"^(qemu-system-\w+|qemu-kvm|kvm)$")
 _FLAT_RANGE = re.compile(
     r"^  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ([^)]*)\): (.*?)(?: @[0-9a-f]{16})?(?: KVM)?$"
 )
-_HOST_ADDRESS = re.compile(r"is 0x([0-9a-f]+)")
+_HOST_ADDRESS = re.compile(r"is 0x([0-9a-f]{1,16})\b")
+_LONGEST_FLAT_RANGE = 4096
+"""letters"""
+_MOST_RANGES = 4096
+_ADDRESSES_END = 1 << 63
+_HOSTS_MEMORY = 4
+"""How many times the memory of the host the RAM of one guest may be: what a look at it costs goes with that."""
 _MIGRATION_UNDER_WAY = frozenset(
     (
         *("setup", "cancelling", "active", "postcopy-active", "postcopy-paused", "postcopy-recover"),
@@ -43,14 +53,23 @@ _MIGRATION_UNDER_WAY = frozenset(
 )
 _MIGRATION_STATES = frozenset(("inmigrate", "finish-migrate", "save-vm", "restore-vm", "postmigrate", "colo"))
 _ELF_X86_64 = 62
+_ENDED_STATES = frozenset("ZXx")
+"""proc(5): zombie, dead"""
+_SO_PEERPIDFD = 77
+"""asm-generic/socket.h, Linux 6.5"""
+_RESOLVE_TRIES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One reason why memshr leaves a guest alone, and what would change it."""
+    """One reason why memshr leaves a guest alone, and what would change it; printable whoever's words are in it."""
 
     reason: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        for name in ("reason", "remedy"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.remedy}"
@@ -78,7 +97,9 @@ class GuestProcess:
 
     ``start_ticks`` tells this process from a later one of the same pid (field 22 of /proc/PID/stat). ``qmp_path`` is
     where we reach its QMP socket, through the guest's own root if it lives in a container; None if it has none that
-    we may use, and then ``libvirt`` says whether libvirt holds one, through which it is reached.
+    we may use, and then ``libvirt`` says whether libvirt holds one, through which it is reached. ``uid`` is the user
+    that runs it. ``socket_given``: the operator named the socket, and vouches for who listens there; else that is
+    checked. All but that is what the process says of itself.
     """
 
     pid: int
@@ -87,17 +108,56 @@ class GuestProcess:
     arguments: tuple[str, ...]
     qmp_path: Path | None
     libvirt: bool
+    uid: int
+    socket_given: bool = False
 
     def monitor(self) -> Monitor:
         """Connect to its QMP socket, or to libvirt if that holds it; the caller hangs up.
 
         :raises BackendError: it has none, or it cannot be used.
         """
-        if self.qmp_path is not None:
+        if self.qmp_path is not None and self.socket_given:
             return SocketMonitor(self.qmp_path)
+        if self.qmp_path is not None:
+            place = _open_socket_file(self.qmp_path)
+            try:
+                return SocketMonitor(self.qmp_path, place=place, check=self._check_listener)
+            finally:
+                os.close(place)
         if self.libvirt:
             return LibvirtMonitor(self.name, self.uuid)
         raise BackendError(f"guest {self.name} ({self.pid}): {NO_SOCKET.reason}", remedy=NO_SOCKET.remedy)
+
+    def _check_listener(self, connected: socket.socket) -> None:
+        # Else a command line that names the socket of another guest would have us send commands to that one. The kernel
+        # keeps who called listen(); a pidfd for it stands for that process and no later one of its number.
+        pid, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        try:
+            pidfd = connected.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                pid = 0  # the listener has ended
+            elif uid != self.uid:  # before Linux 6.5: a number that may be another's by now is not enough
+                pid = 0
+        else:
+            try:
+                pid = _process_behind(pidfd)
+            finally:
+                os.close(pidfd)
+        if pid != self.pid or not self.running:
+            raise ConnectionLostError(
+                f"the QMP socket on the command line of guest {printable(self.name)} ({self.pid}) is that of "
+                f"{f'process {pid}' if pid > 0 else 'a process that is not there'}",
+                remedy=f"if that is right, name it: qemu:{self.pid}@/path/qmp.sock",
+            )
+
+    @property
+    def user(self) -> str:
+        """The name of the user that runs it, or the number of one without a name here."""
+        try:
+            return pwd.getpwuid(self.uid).pw_name
+        except KeyError:
+            return str(self.uid)
 
     @property
     def uuid(self) -> str:
@@ -110,11 +170,12 @@ class GuestProcess:
 
     @property
     def running(self) -> bool:
-        """Whether this very process is still there."""
+        """Whether this very process is still there, and no zombie: that has no memory any more."""
         try:
-            return _start_ticks(self.pid) == self.start_ticks
+            state, start_ticks = _state_and_start(self.pid)
         except OSError:
             return False
+        return start_ticks == self.start_ticks and state not in _ENDED_STATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +217,8 @@ def inspect_process(pid: int) -> GuestProcess | None:
     program = Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")
     if not _PROGRAM.match(program):
         return None
-    start_ticks = _start_ticks(pid)
+    _, start_ticks = _state_and_start(pid)
+    uid, *_ = _user_ids(Path(f"/proc/{pid}/status").read_text())
     arguments = tuple(os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1])
     if not arguments:
         return None  # it is exiting
@@ -168,6 +230,7 @@ def inspect_process(pid: int) -> GuestProcess | None:
         arguments=arguments,
         qmp_path=_seen_from_here(pid, socket_path) if socket_path else None,
         libvirt=libvirt,
+        uid=uid,
     )
 
 
@@ -189,15 +252,26 @@ def select_guests(selector: str) -> list[GuestProcess]:
         raise NoSuchDomainError(f"{len(matching)} guests are called {wanted}", remedy=f"name one by its pid: {pids}")
     if not given_path:
         return matching
-    guest = matching[0]
-    return [
-        GuestProcess(guest.pid, guest.start_ticks, guest.name, guest.arguments, Path(given_path), libvirt=False),
-    ]
+    return [replace(matching[0], qmp_path=Path(given_path), libvirt=False, socket_given=True)]
 
 
-def _start_ticks(pid: int) -> int:
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat[stat.rindex(")") + 2 :].split()[19])  # the program's name may hold spaces and brackets
+def _state_and_start(pid: int) -> tuple[str, int]:
+    # The letter of its state, and when it started. The program's name may hold spaces and brackets, and any bytes.
+    line = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace")
+    fields = line[line.rindex(")") + 2 :].split()
+    return fields[0], int(fields[19])
+
+
+def _user_ids(status: str) -> list[int]:
+    # Real, effective, saved, and that of file accesses, from /proc/PID/status.
+    fields = next((line.split()[1:] for line in status.splitlines() if line.startswith("Uid:")), [])
+    return [int(each) for each in fields]
+
+
+def _process_behind(pidfd: int) -> int:
+    # The process that a pidfd stands for; -1 when it has ended and its number may be another's.
+    lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pid:")), -1)
 
 
 def _options(argument: str) -> dict[str, str]:
@@ -259,32 +333,121 @@ def _seen_from_here(pid: int, path: str) -> Path:
     return Path(f"/proc/{pid}/cwd") / path
 
 
+def _open_socket_file(path: Path) -> int:
+    """The file of a QMP socket of ``_seen_from_here`` as an O_PATH descriptor, found without leaving QEMU's own root.
+
+    Absolute symbolic links are looked up in that root. A path relative to QEMU's folder must not lead out of it.
+
+    :raises ConnectionLostError: there is none. :raises PermissionDeniedError: we may not look.
+    """
+    _, _, pid, base, *parts = path.parts
+    rule = syscalls.RESOLVE_IN_ROOT if base == "root" else syscalls.RESOLVE_BENEATH
+    try:
+        folder = os.open(f"/proc/{pid}/{base}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            place = _resolved(folder, "/".join(parts), rule | syscalls.RESOLVE_NO_MAGICLINKS)
+        finally:
+            os.close(folder)
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            f"may not connect to the QMP socket {printable(os.fspath(path))}",
+            remedy="run as root or as the user of QEMU",
+        ) from error
+    except OSError as error:
+        why = "it leads out of QEMU's folder" if error.errno == errno.EXDEV else os.strerror(error.errno or 0)
+        raise ConnectionLostError(
+            f"cannot connect to the QMP socket {printable(os.fspath(path))}: {why}",
+            remedy="give another one with NAME@/path/qmp.sock",
+        ) from error
+    return place
+
+
+def _resolved(folder: int, path: str, rules: int) -> int:
+    for _ in range(_RESOLVE_TRIES):
+        try:
+            return syscalls.openat2(folder, path, os.O_PATH | os.O_CLOEXEC, rules)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:  # something was renamed meanwhile; openat2(2) says to try again
+                raise
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
 # -- where its memory is -----------------------------------------------------------------------------------------------
 
 
-def memory_layout(monitor: Monitor) -> list[RamRange]:
+def memory_layout(monitor: Monitor, mappings: Mappings) -> list[RamRange]:
     """The guest's RAM as QEMU lays it out now, in order of gfn: no ROM, no device memory, whole pages only.
 
+    :param mappings: what that QEMU has mapped now.
     :raises MonitorError: this QEMU lacks one of the commands.
+    :raises BackendError: no such layout can be: ranges overlap or are too many, there is nothing mapped, or it is many
+        times the host's memory.
     """
-    backends = {str(device["id"]) for device in monitor.execute("query-memdev") if "id" in device}
-    ranges: list[RamRange] = []
+    backends = {device.text("id") for device in monitor.ask_list("query-memdev") if device.has("id")}
+    places: list[tuple[int, int, str]] = []
     for first, last, block in parse_flat_view(monitor.human("info mtree -f")):
         if not (block.removeprefix("/objects/") in backends or block.endswith(".ram")):
             continue
         start, end = -(-first // PAGE_SIZE) * PAGE_SIZE, (last + 1) // PAGE_SIZE * PAGE_SIZE
-        if start >= end:
-            continue
+        if start < end:
+            places.append((start, end, block))
+    _check_places(places)
+    ranges: list[RamRange] = []
+    for start, end, block in places:
         answer = monitor.human(f"gpa2hva {start:#x}")
-        address = _HOST_ADDRESS.search(answer)
+        address = _HOST_ADDRESS.search(answer[:LONGEST_WORD])
         if address is None:
             raise MonitorError(
-                f"QEMU does not say where guest address {start:#x} is: {answer.strip()}",
+                f"QEMU does not say where guest address {start:#x} is: {printable(answer[:LONGEST_WORD].strip())}",
                 command="gpa2hva",
                 kind="GenericError",
             )
         ranges.append(RamRange(Gfn(start >> PAGE_SHIFT), (end - start) >> PAGE_SHIFT, int(address[1], 16), block))
-    return _joined(ranges)
+    layout = _joined(ranges)
+    _check_layout(layout, mappings)
+    return layout
+
+
+def _odd_layout(what: str) -> BackendError:
+    return BackendError(f"QEMU tells of RAM that cannot be: {what}", remedy="look again; report it if it stays")
+
+
+def _check_places(places: Sequence[tuple[int, int, str]]) -> None:
+    # Before QEMU is asked about each.
+    if len(places) > _MOST_RANGES:
+        raise _odd_layout(f"{len(places):,} ranges")
+    for (_, end, block), (start, _, other) in itertools.pairwise(sorted(places)):
+        if start < end:
+            raise _odd_layout(f"{block} and {other} overlap at {start:#x}")
+    pages = sum(end - start for start, end, _ in places) >> PAGE_SHIFT
+    if pages > most_pages():
+        raise _odd_layout(f"{pages * PAGE_SIZE >> 20:,} MiB, which is many times the memory of this host")
+
+
+def most_pages() -> int:
+    """The most pages that are believed of one guest; more is refused before anything is reserved for them."""
+    return _HOSTS_MEMORY * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_layout(layout: Sequence[RamRange], mappings: Mappings) -> None:
+    # Against what is there: each range is mapped from end to end, and none of it twice.
+    for ram, after in itertools.pairwise([*sorted(layout, key=lambda ram: ram.hva), None]):
+        assert ram is not None
+        if ram.hva % PAGE_SIZE or ram.end_hva > _ADDRESSES_END:
+            raise _odd_layout(f"{ram.block} at address {ram.hva:#x}")
+        if after is not None and after.hva < ram.end_hva:
+            raise _odd_layout(f"{ram.block} and {after.block} are at the same address {after.hva:#x}")
+    if not layout:
+        return
+    if not len(mappings):
+        raise _odd_layout("nothing is mapped in it")
+    begins = np.concatenate([[True], mappings.start[1:] != mappings.end[:-1]])
+    starts = mappings.start[begins]
+    ends = mappings.end[np.append(begins[1:], True)]
+    for ram in layout:
+        at = int(np.searchsorted(starts, np.uint64(ram.hva), side="right")) - 1
+        if at < 0 or int(ends[at]) < ram.end_hva:
+            raise _odd_layout(f"{ram.block} at address {ram.hva:#x}, where QEMU has not mapped as much")
 
 
 def parse_flat_view(text: str) -> list[tuple[int, int, str]]:
@@ -297,9 +460,9 @@ def parse_flat_view(text: str) -> list[tuple[int, int, str]]:
         if ' AS "memory"' not in view:
             continue
         for line in view.splitlines():
-            found = _FLAT_RANGE.match(line)
+            found = _FLAT_RANGE.match(line) if len(line) < _LONGEST_FLAT_RANGE else None
             if found and found[3] == "ram":
-                ranges.append((int(found[1], 16), int(found[2], 16), found[4]))
+                ranges.append((int(found[1], 16), int(found[2], 16), printable(found[4])))
     return ranges
 
 
@@ -362,17 +525,18 @@ def refusals(
         mappings = mappings or guest.mappings()
         found += mapping_refusals(mappings, layout, _on_hugetlbfs(guest.pid, mappings))
     except OSError as error:
-        found.append(_unreadable(error))
+        found.append(unreadable(error))
     if isinstance(monitor, Refusal):
         found.append(monitor)
     else:
         found += _machine_refusals(monitor)
     if guest.libvirt:
         found = [Refusal(each.reason, _IN_LIBVIRT.get(each.remedy, each.remedy)) for each in found]
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
-def _unreadable(error: OSError) -> Refusal:
+def unreadable(error: OSError) -> Refusal:
+    """The reason that lies in a look into the process that failed."""
     if error.errno in {errno.ENOENT, errno.ESRCH}:
         return Refusal("it has exited", "start it again")
     return Refusal("this user may not look into the process", "run as root (capability SYS_PTRACE)")
@@ -387,7 +551,7 @@ def _process_refusals(guest: GuestProcess) -> list[Refusal]:
         status = (process / "status").read_text()
         descriptors = [_link(entry) for entry in (process / "fd").iterdir()]
     except OSError as error:
-        return [_unreadable(error)]
+        return [unreadable(error)]
     if len(header) < 20 or header[4] != 2 or int.from_bytes(header[18:20], "little") != _ELF_X86_64:
         found.append(Refusal("QEMU itself is no x86-64 program", "run QEMU for the host's own processor"))
     if any(link.startswith("/dev/vfio/") or link == "anon_inode:[vfio-device]" for link in descriptors):
@@ -422,6 +586,8 @@ def status_refusals(status: str) -> list[Refusal]:
                 "remove what pins it: VFIO, vDPA, RDMA, registered io_uring buffers",
             )
         )
+    if len(set(_user_ids(status))) > 1:
+        found.append(Refusal("it runs with the rights of several users", "start QEMU as the user that it is to run as"))
     if "shstk" in fields.get("x86_Thread_features", ""):
         found.append(Refusal("it runs with a shadow stack", "start QEMU with GLIBC_TUNABLES=glibc.cpu.hwcaps=-SHSTK"))
     return found
@@ -477,35 +643,35 @@ def mapping_refusals(
 
 def _machine_refusals(monitor: Monitor) -> list[Refusal]:
     found = []
-    state = str(monitor.execute("query-status")["status"])
-    migration = str(monitor.execute("query-migrate").get("status", "none"))
-    if state in _MIGRATION_STATES or migration in _MIGRATION_UNDER_WAY:
+    state, migration = monitor.state(), monitor.ask_object("query-migrate")
+    if state in _MIGRATION_STATES or (migration.has("status") and migration.text("status") in _MIGRATION_UNDER_WAY):
         found.append(Refusal("it is being migrated or saved", "wait until that has ended"))
     confidential = _property(monitor, "/machine", "confidential-guest-support")
-    if confidential or _answer(monitor, "query-sev", {}).get("enabled"):
+    if confidential or _encrypts(monitor):
         found.append(Refusal("its memory is encrypted (SEV, TDX)", "nothing: encrypted pages are never equal"))
-    if any(device["type"] == "virtio-mem" for device in monitor.execute("query-memory-devices")):
+    if any(device.text("type") == "virtio-mem" for device in monitor.ask_list("query-memory-devices")):
         found.append(Refusal("it has a virtio-mem device, which discards RAM", "remove the device"))
     for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
-        for device in monitor.execute("qom-list", {"path": folder}):
-            path = f"{folder}/{device['name']}"
-            if "balloon" in str(device["type"]) and _property(monitor, path, "free-page-reporting"):
+        for device in monitor.ask_list("qom-list", {"path": folder}):
+            path = f"{folder}/{device.text('name')}"
+            if "balloon" in device.text("type") and _property(monitor, path, "free-page-reporting"):
                 found.append(Refusal("its balloon reports free pages, which discards RAM", _NO_REPORTING))
     return found
 
 
-def _answer(monitor: Monitor, command: str, default: Any) -> Any:
+def _encrypts(monitor: Monitor) -> bool:
     try:
-        return monitor.execute(command)
+        return monitor.ask_object("query-sev").truth("enabled")
     except MonitorError:  # a QEMU that was built without the command has nothing to say about it
-        return default
+        return False
 
 
-def _property(monitor: Monitor, path: str, name: str) -> Any:
+def _property(monitor: Monitor, path: str, name: str) -> bool:
+    # Whether it is set: true, or the path of something.
     try:
-        return monitor.execute("qom-get", {"path": path, "property": name})
+        return bool(monitor.execute("qom-get", {"path": path, "property": name}))
     except MonitorError:
-        return None
+        return False
 
 
 def has_direct_drives(monitor: Monitor) -> bool:
@@ -515,4 +681,4 @@ def has_direct_drives(monitor: Monitor) -> bool:
 
     Source: ``query-named-block-nodes``.
     """
-    return any(node["cache"]["direct"] for node in monitor.execute("query-named-block-nodes"))
+    return any(node.object("cache").truth("direct") for node in monitor.ask_list("query-named-block-nodes"))

@@ -2,10 +2,12 @@
 
 libvirt keeps its own connection open and hands our commands on between its own (``virDomainQemuMonitorCommand``, and
 ``...WithFiles`` to hand over descriptors, which needs libvirt 8.2). It then marks the domain *tainted: custom-monitor*
-until it is shut down: a note in its log and in ``virsh dominfo``, without other effect.
+until it is shut down: a note in its log and in ``virsh dominfo``, without other effect. libvirt gives the requests
+their ids; what it hands back comes from QEMU and is looked at as it is on a socket.
 
 libvirt is asked at ``LIBVIRT_DEFAULT_URI``, or at ``qemu:///system``. Its Python bindings are imported when the first
-such guest is opened, and may be missing. A guest is found by the UUID of its command line.
+such guest is opened, and may be missing. A guest is found by the UUID of its command line, which is what that process
+says of itself: that libvirt leads to that very process is seen when a descriptor that was handed over turns up in it.
 
 Source: libvirt's ``libvirt-qemu.h`` and ``virterror.h``; observed on libvirt 9.0.
 """
@@ -20,8 +22,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
-from memshr.errors import BackendError, ConnectionLostError, PermissionDeniedError, UnsupportedError
-from memshr.qemu.monitor import ANSWER_DEADLINE_S, Monitor, returned
+from memshr.errors import BackendError, ConnectionLostError, PermissionDeniedError, UnsupportedError, printable
+from memshr.qemu.monitor import ANSWER_DEADLINE_S, LONGEST_WORD, Monitor, parsed, returned
 
 SYSTEM_URI = "qemu:///system"
 
@@ -41,7 +43,8 @@ class LibvirtMonitor(Monitor):
     """
 
     def __init__(self, name: str, uuid: str) -> None:
-        self._name = name
+        super().__init__()
+        self._name = printable(name)
         self._stuck = False
         self._libvirt, self._passthrough = _bindings(name)
         self._uri = os.environ.get("LIBVIRT_DEFAULT_URI") or SYSTEM_URI
@@ -53,8 +56,18 @@ class LibvirtMonitor(Monitor):
             raise
 
     def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, descriptor: int | None = None
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        descriptor: int | None = None,
+        deadline_s: float | None = None,
     ) -> Any:
+        if self._stuck:
+            raise ConnectionLostError(
+                f"libvirt at {self._uri} has left us waiting, so {command} was not sent to guest {self._name}",
+                remedy="is libvirt or QEMU stopped or frozen?",
+            )
         request = json.dumps({"execute": command, "arguments": arguments or {}})
 
         def plain() -> str:
@@ -64,9 +77,10 @@ class LibvirtMonitor(Monitor):
             answer, _ = self._passthrough.qemuMonitorCommandWithFiles(self._domain, request, [descriptor], 0)
             return str(answer)
 
-        return returned(command, json.loads(self._call(command, plain if descriptor is None else with_descriptor)))
+        answer = self._call(command, plain if descriptor is None else with_descriptor, deadline_s)
+        return returned(command, parsed(answer.encode("utf-8", "surrogatepass")))
 
-    def _call(self, what: str, call: Callable[[], Answer]) -> Answer:
+    def _call(self, what: str, call: Callable[[], Answer], deadline_s: float | None = None) -> Answer:
         # libvirt's calls have no deadline, and no signal interrupts them: a thread of its own waits for each, and is
         # left behind if it takes too long. A daemon, for it must not hold up our end.
         answers: list[Answer] = []
@@ -79,14 +93,15 @@ class LibvirtMonitor(Monitor):
                 errors.append(error)
 
         waiting = threading.Thread(target=wait, name="memshr-libvirt", daemon=True)
-        waiting.start()
-        waiting.join(ANSWER_DEADLINE_S)
+        with self._waiting(ANSWER_DEADLINE_S if deadline_s is None else deadline_s) as patience_s:
+            waiting.start()
+            waiting.join(patience_s)
         if answers:
             return answers[0]
         if not errors:
             self._stuck = True
             raise ConnectionLostError(
-                f"libvirt at {self._uri} did not answer {what} for guest {self._name} in {ANSWER_DEADLINE_S:.0f} s",
+                f"libvirt at {self._uri} did not answer {what} for guest {self._name} in time",
                 remedy="is libvirt or QEMU stopped or frozen?",
             )
         if isinstance(errors[0], self._libvirt.libvirtError):
@@ -96,7 +111,7 @@ class LibvirtMonitor(Monitor):
     def _translated(self, what: str, error: Any) -> BackendError:
         libvirt = self._libvirt
         code = error.get_error_code()
-        said = " ".join(str(error).split())
+        said = printable(" ".join(str(error).split())[:LONGEST_WORD])
         no_entry = {
             libvirt.VIR_ERR_AUTH_FAILED,
             libvirt.VIR_ERR_AUTH_CANCELLED,

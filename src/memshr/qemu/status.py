@@ -5,13 +5,14 @@ All of it comes from QEMU and the kernel, so it is right whether or not a memshr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from memshr.errors import BackendError, NoSuchDomainError
-from memshr.procfs import Mapping
+from memshr.procfs import Mapping, Mappings
 from memshr.qemu import guests, pagemap
 from memshr.qemu.control_area import MAPPED_CONTROL
 from memshr.qemu.guests import GuestProcess, Refusal
@@ -23,7 +24,7 @@ from memshr.types import PAGE_SIZE
 class GuestStatus:
     """One guest.
 
-    ``state`` is QEMU's word (running, paused, prelaunch, ...), or ``unknown`` if its monitor cannot be used.
+    ``state`` is QEMU's word (running, paused, prelaunch, ...), printable, or ``unknown`` if its monitor cannot be used.
     ``refusals``: why memshr would leave it alone, each with its remedy; empty: it may be shared. ``attached``: an agent
     is in it. ``groups``: the trust groups whose frames it reads. ``sharing_pages`` lie on frames; ``copied_pages`` were
     on one until they were written, and still cost a mapping; ``frames`` are the different frames that it reads.
@@ -41,14 +42,13 @@ class GuestStatus:
 
 
 def guest_statuses() -> list[GuestStatus]:
-    """Every QEMU of this host, in order of pid; those that end meanwhile are left out."""
+    """Every QEMU of this host, in order of pid; those that end meanwhile are left out. What is odd about one is a
+    refusal in its row.
+    """
     found = []
     for process in guests.find_guests():
-        try:
+        with contextlib.suppress(NoSuchDomainError):
             found.append(status_of(process))
-        except (NoSuchDomainError, OSError):
-            if process.running:
-                raise
     return found
 
 
@@ -56,22 +56,32 @@ def status_of(process: GuestProcess) -> GuestStatus:
     """One guest.
 
     :raises NoSuchDomainError: it has ended.
-    :raises OSError: it has ended, or we may not look into it.
     """
     state, ram_bytes = "unknown", 0
+    mappings, pools = Mappings(b""), list[Mapping]()
+    sharing = frames = 0
     try:
+        mappings = process.mappings()
         with process.monitor() as monitor:
-            state = str(monitor.execute("query-status")["status"])
-            layout = guests.memory_layout(monitor)
+            state = monitor.state()
+            layout = guests.memory_layout(monitor, mappings)
             ram_bytes = sum(ram.pages for ram in layout) * PAGE_SIZE
             refusals = guests.refusals(process, monitor, layout)
+    except OSError as error:
+        refusals = guests.refusals(process, guests.unreadable(error), [])
     except BackendError as error:
         unreachable = process.qmp_path is None and not process.libvirt
         reason = guests.NO_SOCKET if unreachable else Refusal(error.args[0], error.remedy or "look again")
         refusals = guests.refusals(process, reason, [])
-    mappings = process.mappings()
-    pools = mappings.of(of_pools(mappings))
-    sharing, frames = _sharing(process.pid, pools)
+    try:
+        pools = mappings.of(of_pools(mappings))
+        sharing, frames = _sharing(process.pid, pools)
+    except OSError as error:
+        refusals = (*refusals, guests.unreadable(error))
+    except BackendError as error:
+        refusals = (*refusals, Refusal(error.args[0], error.remedy))
+    if not process.running:
+        raise NoSuchDomainError(f"guest {process.name} ({process.pid}) has ended")
     return GuestStatus(
         process=process,
         state=state,
@@ -102,6 +112,11 @@ def _sharing(pid: int, pools: list[Mapping]) -> tuple[int, int]:
     # Pages on frames, and how many different frames they are.
     if not pools:
         return 0, 0
+    if sum(each.pages for each in pools) > guests.most_pages():
+        raise BackendError(
+            "it has mapped what is called a frame pool, and is many times the memory of this host",
+            remedy="leave it alone: memshr does not do that",
+        )
     reader = pagemap.Pagemap(pid)
     try:
         hvas = np.concatenate([np.arange(each.start, each.end, PAGE_SIZE, dtype=np.int64) for each in pools])

@@ -5,7 +5,7 @@ the caller to say. Nothing here decides anything.
 
 Sources (Linux 6.1 headers, stable ABI): ``asm/unistd_64.h``, ``asm-generic/mman-common.h``, ``linux/mman.h``,
 ``linux/userfaultfd.h``, ``linux/ptrace.h``, ``asm/ptrace.h`` (struct user_regs_struct), ``linux/futex.h``,
-``linux/memfd.h``, ``linux/fcntl.h``.
+``linux/memfd.h``, ``linux/fcntl.h``, ``linux/openat2.h``.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ NR_SET_MEMPOLICY: Final = 238
 NR_GET_MEMPOLICY: Final = 239
 NR_PROCESS_VM_READV: Final = 310
 NR_USERFAULTFD: Final = 323
+NR_OPENAT2: Final = 437
 NR_PIDFD_GETFD: Final = 438
 NR_PROCESS_MADVISE: Final = 440
 
@@ -92,6 +93,11 @@ _MFD_NOEXEC_SEAL: Final = 8
 _MFD_EXEC: Final = 16
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
+
+# linux/openat2.h
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_BENEATH: Final = 0x08
+RESOLVE_IN_ROOT: Final = 0x10
 
 # linux/userfaultfd.h
 USERFAULTFD_IOC_NEW: Final = 0xAA00
@@ -205,6 +211,20 @@ def process_vm_readv(pid: int, local: NDArray[np.void], remote: NDArray[np.void]
     # SAFETY: the caller built ``local`` from the addresses of arrays that it keeps alive over this call.
     got = _libc.process_vm_readv(pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0)
     return _checked("process_vm_readv", got)
+
+
+# -- files below the folders of others ---------------------------------------------------------------------------------
+
+
+def openat2(folder: int, path: str, flags: int, resolve: int) -> int:
+    """Open ``path`` below the folder behind a descriptor, with rules for what may be passed on the way.
+
+    :param resolve: RESOLVE_* of ``linux/openat2.h``.
+    """
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    how = (ctypes.c_uint64 * 3)(flags, 0, resolve)  # struct open_how: flags, mode, resolve
+    size_bytes = ctypes.sizeof(how)
+    return _syscall("openat2", NR_OPENAT2, folder, ctypes.addressof(name), ctypes.addressof(how), size_bytes)
 
 
 # -- files in memory ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.errors import NoSuchDomainError, RefusedDomainError
+from memshr.errors import NoSuchDomainError, RefusedDomainError, UnsupportedError
 from memshr.procfs import Mappings, count_mappings, process_mappings
 from memshr.qemu import agent, control_area, guests, injection, pagemap, syscalls
 from memshr.qemu.agent import Session
@@ -70,7 +70,7 @@ class Target:
     def layout(self) -> list[RamRange]:
         """Where its RAM is. :raises BackendError: QEMU does not tell."""
         with self.process.monitor() as monitor:
-            return guests.memory_layout(monitor)
+            return guests.memory_layout(monitor, self.mappings())
 
     def entries(self, hvas: NDArray[np.int64]) -> NDArray[np.uint64]:
         """The pagemap entry of the page at each address, shape ``(n,)``."""
@@ -147,9 +147,21 @@ class Target:
         return bool(found)
 
     def has_direct_drives(self) -> bool:
-        """Whether disk requests write into its RAM past the page tables."""
+        """Whether disk requests write into its RAM past the page tables, so that they must be waited for (``drain``).
+
+        :raises RefusedDomainError: they do, and this QEMU is not known to let them end.
+        """
         with self.process.monitor() as monitor:
-            return guests.has_direct_drives(monitor)
+            if not guests.has_direct_drives(monitor):
+                return False
+            try:
+                monitor.require_drain()
+            except UnsupportedError as error:
+                name = f"guest {self.process.name} ({self.pid})"
+                raise RefusedDomainError(
+                    f"{name} is left alone: {error.args[0]}", reasons=[str(error)], remedy=error.remedy
+                ) from error
+            return True
 
     def connect(self, layout: list[RamRange], injector: Injector, domid: DomId) -> Session:
         """Find or install the agent, and open a session.

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memshr.errors import printable
 from memshr.types import PAGE_SIZE
 
-
-def printable(name: str) -> str:
-    """A name as a page can show it: bytes that are no text, and control characters, as escapes."""
-    text = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+__all__ = ["Unit", "percent", "printable"]
 
 
 def percent(part: int, whole: int) -> str:
