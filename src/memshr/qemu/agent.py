@@ -25,11 +25,8 @@ plain stores of table and state enough.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Sequence
@@ -40,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import BackendError, ConnectionLostError, InvariantError, RefusedDomainError
-from memshr.qemu import syscalls
+from memshr.qemu import injection, syscalls
 from memshr.qemu.control_area import (
     BIRTH_AT,
     COUNT_AT,
@@ -56,6 +53,8 @@ from memshr.qemu.control_area import (
     TABLE_ENTRIES,
     ControlArea,
 )
+from memshr.qemu.identity import identity_of
+from memshr.qemu.injection import Injector
 from memshr.qemu.monitor import Monitor
 
 IOVEC = np.dtype([("base", "<u8"), ("length", "<u8")])
@@ -92,60 +91,6 @@ def is_in_session(pid: int) -> bool:
     return busy
 
 
-class Injector:
-    """The process that puts agents into QEMUs, and takes their mappings out (``injector``), seen from here.
-
-    It is started when it is first needed and serves many guests, because starting takes longer than all its work. It
-    ends when this is closed or when we die, but not before what it has under way is done.
-    """
-
-    def __init__(self) -> None:
-        self._wire: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def ask(self, action: str, pid: int, number: int, file: int) -> dict[str, object]:
-        """Have it do ``attach`` or ``detach``, as ``injector`` describes them; returns its answer.
-
-        :raises BackendError: it has failed.
-        """
-        wire = self._wire or self._start()
-        try:
-            socket.send_fds(wire, [f"{action} {pid} {number}".encode()], [file])
-            answer = wire.recv(1 << 16)
-        except OSError:
-            answer = b""
-        except BaseException:
-            self.close()  # its answer would be taken for that of the next request
-            raise
-        if not answer:
-            assert self._process is not None
-            said = self._process.communicate()[1].decode(errors="replace").strip()
-            self.close()
-            raise BackendError(f"the injector failed on process {pid}: {said}")
-        found: dict[str, object] = json.loads(answer)
-        return found
-
-    def _start(self) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "memshr.qemu.injector"],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        self._wire = ours
-        return ours
-
-    def close(self) -> None:
-        """End it."""
-        if self._wire is not None and self._process is not None:
-            self._wire.close()
-            self._process.communicate()
-        self._wire = self._process = None
-
-
 def install(pid: int, name: str, monitor: Monitor, injector: Injector) -> ControlArea:
     """Put an agent into a QEMU that has none.
 
@@ -155,16 +100,9 @@ def install(pid: int, name: str, monitor: Monitor, injector: Injector) -> Contro
     try:
         number = monitor.add_descriptor(control.file)
         try:
-            answer = injector.ask("attach", pid, number, control.file)
+            injection.install(identity_of(pid), name, control, number, injector)
         finally:
             monitor.remove_descriptors()
-        if "refused" in answer:
-            raise RefusedDomainError(
-                f"guest {name} ({pid}) cannot be attached: {answer['refused']}",
-                reasons=[str(answer["refused"])],
-                remedy=str(answer["remedy"]),
-            )
-        control.code_address = int(str(answer["code_address"]))
     except BaseException:
         control.close()
         raise
@@ -172,13 +110,8 @@ def install(pid: int, name: str, monitor: Monitor, injector: Injector) -> Contro
 
 
 def uninstall(pid: int, control: ControlArea, injector: Injector) -> None:
-    """Unmap the control area of a QEMU whose agent thread has ended.
-
-    :raises RefusedDomainError: QEMU cannot be stopped for it; only the mapping stays, which does nothing.
-    """
-    answer = injector.ask("detach", pid, control.code_address, control.file)
-    if "refused" in answer:
-        raise RefusedDomainError(f"process {pid} keeps an unused mapping of memshr: {answer['refused']}")
+    """As ``injection.uninstall``."""
+    injection.uninstall(identity_of(pid), "", control, injector)
 
 
 class Session:

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from memshr.errors import BackendError, HostMemoryError, NoSuchDomainError, RefusedDomainError
 from memshr.procfs import Mapping, Mappings, count_mappings, process_mappings
 from memshr.qemu import agent, control_area, guests, pagemap, syscalls
-from memshr.qemu.agent import Injector, Session
+from memshr.qemu.agent import Session
 from memshr.qemu.control_area import ControlArea
 from memshr.qemu.guests import GuestProcess
+from memshr.qemu.injection import Injector
 from memshr.qemu.pagemap import Pagemap
 from memshr.qemu.pool import FramePool, group_of, of_pools
 from memshr.types import HUGE_PAGE_PAGES, PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes

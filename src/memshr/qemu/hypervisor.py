@@ -35,7 +35,6 @@ from memshr.errors import (
 )
 from memshr.hypervisor import NOT_BACKED, Capability, error_of
 from memshr.qemu import pagemap
-from memshr.qemu.agent import Injector
 from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment
 from memshr.qemu.books import (
     IN_FLIGHT,
@@ -50,6 +49,7 @@ from memshr.qemu.books import (
     PoolFigures,
 )
 from memshr.qemu.guests import GuestProcess
+from memshr.qemu.injection import Injector
 from memshr.qemu.lock import GuestLock
 from memshr.qemu.pool import FramePool
 from memshr.qemu.protection import WriteWatch
