@@ -177,7 +177,10 @@ def _is_mapped(pid: int, code_address: int, control: int) -> bool:
         if each.start >= end:
             break
         executable |= each.start == code_address and each.permissions == "r-xs"
-        found = Path(f"/proc/{pid}/map_files/{each.start:x}-{each.end:x}").stat()
+        try:
+            found = Path(f"/proc/{pid}/map_files/{each.start:x}-{each.end:x}").stat()
+        except FileNotFoundError:  # anonymous memory, or changed meanwhile
+            return False
         if each.start < code_address or each.end > end or not os.path.samestat(found, own):
             return False
     return executable

@@ -36,6 +36,7 @@ Sources: ptrace(2); the kernel's ``arch/x86/kernel/signal_64.c`` (rt_sigreturn, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import struct
@@ -313,7 +314,9 @@ class Tracee:
         try:
             state = bytearray(syscalls.ptrace_get_extended_state(self.pid))
         except OSError as error:
-            raise Refused("its processor's vector registers cannot be read", "use a processor with XSAVE") from error
+            if error.errno != errno.ENODEV:
+                raise
+            raise Refused("this processor has no XSAVE", "share on a host that has it") from error
         features, in_use = (struct.unpack_from("<Q", state, at)[0] for at in (_SOFTWARE_BYTES_AT, _XSTATE_BV_AT))
         if features & _TILE_DATA and not in_use & _TILE_DATA:
             # The kernel takes no frame that is longer than what the thread may use: without leave no tiles (AMX).
@@ -338,8 +341,12 @@ class Tracee:
         # SAFETY: only below the red zone, where the stack belongs to nobody while the thread is in a system call.
         try:
             written = os.pwrite(self._memory, content, address)
-        except OSError:  # EIO: nothing is mapped there
-            written = 0
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise Refused("its main thread has no stack left", "try again") from error
+        if not written:
+            raise ended()  # the address space is gone
         if written != len(content):
             raise Refused("its main thread has no stack left", "try again")
 
