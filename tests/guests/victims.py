@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -36,15 +38,28 @@ class Victim:
 
     :param files: descriptors that it inherits, under the same numbers.
     :param user: run it as this user (needs root).
+    :param seccomp: a seccomp filter that it has.
     """
 
-    def __init__(self, program: Path, *arguments: str, files: Sequence[int] = (), user: str | None = None) -> None:
+    def __init__(
+        self,
+        program: Path,
+        *arguments: str,
+        files: Sequence[int] = (),
+        user: str | None = None,
+        seccomp: bytes | None = None,
+    ) -> None:
         # setpriv ends it when this process ends in whatever way.
         command: list[str | Path] = [find_program("setpriv", "util-linux"), "--pdeathsig=KILL"]
         if user is not None:
             command += [f"--reuid={user}", "--regid=65534", "--clear-groups"]
         self._process = subprocess.Popen(
-            [*command, program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=files, cwd="/"
+            [*command, program, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=files,
+            cwd="/",
+            preexec_fn=None if seccomp is None else lambda: _confine(seccomp),  # noqa: PLW1509  # one thread only
         )
 
     @property
@@ -98,6 +113,15 @@ class Victim:
         self._process.kill()
         with self._process:
             pass
+
+
+def _confine(seccomp: bytes) -> None:
+    # Give this process a seccomp filter: prctl(2), PR_SET_NO_NEW_PRIVS and PR_SET_SECCOMP.
+    filters = ctypes.create_string_buffer(seccomp)
+    program = struct.pack("@HP", len(seccomp) // 8, ctypes.addressof(filters))
+    libc = ctypes.CDLL(None)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+        os._exit(126)
 
 
 @contextmanager

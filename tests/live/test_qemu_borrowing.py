@@ -4,6 +4,7 @@ looked at never gets a register set. Programs that know all that they have stand
 import json
 import os
 import signal
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from guests.machine import wait_until
 from guests.victims import Victim, altered, ask_one, dying, programs
 from live.parts import needed_parts
 from memshr.errors import RefusedDomainError
+from memshr.qemu import syscalls
 from memshr.qemu.control_area import MAPPED_CONTROL, ControlArea
 from memshr.qemu.identity import identity_of
-from memshr.qemu.injection import Action, Injector, install, uninstall
+from memshr.qemu.injection import Action, Injector, forbidden_calls, install, uninstall
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may open /proc/PID/map_files; run as root")
 
@@ -212,23 +214,26 @@ def test_the_same_program_executed_again_is_another_program(
         assert not is_mapped(victim.pid)
 
 
-@pytest.mark.parametrize("place", ["tracee.Tracee.check", "tracee.Tracee._write", "syscalls.ptrace_set_registers"])
+@pytest.mark.parametrize(
+    "place", ["Identity.still_holds", "tracee.Tracee.check", "tracee.Tracee._write", "syscalls.ptrace_set_registers"]
+)
 def test_a_program_that_another_thread_executes_meanwhile_is_not_touched(
     built: tuple[Path, Path, Path], control: ControlArea, place: str
 ) -> None:
-    # Before the identity is checked and after it, before the stack is written to, before the registers are set.
+    # While the identity is checked and after it, before the stack is written to, before the registers are set.
     _, impostor, privileged = built
     telling = altered(f"""
 real = {place}
 def told(one, *others):
     {place} = real
-    result = real(one, *others) if "check" in "{place}" else None
+    before = "{place}" in ("Identity.still_holds", "tracee.Tracee.check")
+    result = real(one, *others) if before else None
     folder = Path(f"/proc/{{getattr(one, 'pid', one)}}")
     program = os.readlink(folder / "exe")
     (folder / "fd" / "0").write_bytes(b"!")
     while os.readlink(folder / "exe") == program:
         time.sleep(0.001)
-    return real(one, *others) if result is None and "check" not in "{place}" else result
+    return result if before else real(one, *others)
 {place} = told
 """)
     with Victim(impostor, str(privileged), "ppoll", files=[control.file], user="nobody") as victim:
@@ -238,18 +243,32 @@ def told(one, *others):
         assert_untouched(victim, privileged)
 
 
+@pytest.mark.parametrize("seen", [True, False])
 def test_a_program_that_the_borrowed_thread_executes_is_not_touched(
-    built: tuple[Path, Path, Path], control: ControlArea
+    built: tuple[Path, Path, Path], control: ControlArea, seen: bool
 ) -> None:
-    # The hostile has put other code where the instructions that we borrow were.
+    # The hostile has put other code where the instructions that we borrow were. It is seen at the first system call,
+    # and if it were not, the exec would be.
     _, impostor, privileged = built
     with Victim(impostor, str(privileged), "ppoll", files=[control.file], user="nobody") as victim:
         misled = altered(f"""
-real = injector.look_at
-injector.look_at = lambda pid: real(pid)._replace(syscall_return={int(victim.line(), 16)})
+place = {int(victim.line(), 16)}
+look_at = injector.look_at
+injector.look_at = lambda pid: look_at(pid)._replace(syscall_return=place)
+get_registers = syscalls.ptrace_get_registers
+def blind(tid):
+    registers = get_registers(tid)
+    registers.rip, registers.orig_rax = place + 2, syscalls.NR_MMAP
+    return registers
+set_registers = syscalls.ptrace_set_registers
+def committing(tid, registers):
+    set_registers(tid, registers)
+    if not {seen}:
+        syscalls.ptrace_get_registers = blind
+syscalls.ptrace_set_registers = committing
 """)
         answer = json.loads(ask_one(misled, "attach", identity_of(victim.pid), control.file, control.file))
-        assert "refused" in answer
+        assert answer["refused"] == ("its program was changed while we were at it" if seen else ANSWERS_OF_ANOTHER)
         assert_untouched(victim, privileged)
 
 
@@ -315,6 +334,41 @@ def test_what_lies_beside_our_mapping_is_not_taken_out(
         with pytest.raises(RefusedDomainError, match="our mapping is not where it was"):
             uninstall(identity_of(victim.pid), "victim", control, injector)
         assert Path(f"/proc/{victim.pid}/maps").read_text() == maps
+        victim.rounds()
+
+
+# -- seccomp -----------------------------------------------------------------------------------------------------------
+
+
+def killing(number: int, first_argument: int) -> bytes:
+    """A filter that kills for one system call with this first argument."""
+    instructions = (
+        *((0x20, 0, 0, 0), (0x15, 0, 3, number), (0x20, 0, 0, 16), (0x15, 0, 1, first_argument)),
+        *((0x06, 0, 0, 0x80000000), (0x06, 0, 0, 0x7FFF0000)),
+    )
+    return b"".join(struct.pack("<HBBI", *each) for each in instructions)
+
+
+def test_optional_calls_that_a_filter_forbids_are_told(
+    built: tuple[Path, Path, Path], control: ControlArea, injector: Injector
+) -> None:
+    memory_merge = killing(syscalls.NR_PRCTL, syscalls.PR_SET_MEMORY_MERGE)
+    with Victim(built[0], "ppoll", files=[control.file], seccomp=memory_merge) as victim:
+        victim.rounds(1)
+        identity = identity_of(victim.pid)
+        assert install(identity, "victim", control, control.file, injector).forbidden == {syscalls.NR_PRCTL}
+        assert forbidden_calls(identity, "victim", control, injector) == {syscalls.NR_PRCTL}
+        victim.rounds()
+
+
+def test_a_filter_that_forbids_what_the_agent_needs_refuses_the_guest(
+    built: tuple[Path, Path, Path], control: ControlArea, injector: Injector
+) -> None:
+    with Victim(built[0], "ppoll", files=[control.file], seccomp=killing(syscalls.NR_MREMAP, 0)) as victim:
+        victim.rounds(1)
+        with pytest.raises(RefusedDomainError, match="forbids system call 25; start QEMU without -sandbox"):
+            install(identity_of(victim.pid), "victim", control, control.file, injector)
+        assert not is_mapped(victim.pid)
         victim.rounds()
 
 

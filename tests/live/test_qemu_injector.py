@@ -88,6 +88,7 @@ def test_what_the_sandbox_of_qemu_forbids_is_told_and_the_rest_of_it_lets_the_ag
         monitor.execute("closefd", {"fdname": "memshr"})
         assert control.thread_lives(guest.pid)
         assert injection.forbidden_calls(identity, "sandboxed", control, injector) == installed.forbidden
+        assert "\nSeccomp:\t2\n" in Path(f"/proc/{guest.pid}/status").read_text()
         assert installed.forbidden == set()
         assert guest.hmp("info status").startswith("VM status")
 
