@@ -83,17 +83,19 @@ class Victim:
 
     def rounds(self, count: int = 2) -> None:
         """Wait until it has gone round some times more, with everything right."""
-        before = int(self.checked_round())
-        while int(self.checked_round()) < before + count:
+        before, _ = self.checked_round()
+        while self.checked_round()[0] < before + count:
             pass
 
-    def checked_round(self) -> str:
-        """The number of the next round that it tells."""
-        line = self.line()
-        word, _, number = line.partition(" ")
-        if word != "round":
-            raise GuestFailedError(f"the program found something wrong: {line}")
-        return number
+    def checked_round(self) -> tuple[int, int]:
+        """The number of the next round that it tells, and how many signals it has had.
+
+        :raises GuestFailedError: it has found something wrong.
+        """
+        words = self.line().split()
+        if words[0] != "round":
+            raise GuestFailedError(f"the program found something wrong: {words}")
+        return int(words[1]), int(words[3])
 
     def tell(self) -> None:
         """Write a byte to its standard input."""
@@ -171,5 +173,7 @@ def ask_one(command: Sequence[str], action: str, identity: Identity, number: int
             process = subprocess.Popen(command, stdin=theirs.fileno())
         socket.send_fds(ours, [f"{action} {identity} {number}".encode()], [file])
         answer = ours.recv(1 << 16)
+        if b'"stuck": true' in answer:
+            process.wait(LINE_DEADLINE_S)  # it ends by itself
     process.wait()
     return answer

@@ -74,6 +74,17 @@ def test_the_thread_has_all_that_it_had_after_attaching_and_detaching(
         victim.rounds()
 
 
+def test_a_call_with_a_time_limit_goes_on_and_does_not_begin_anew(
+    built: tuple[Path, Path, Path], control: ControlArea, injector: Injector
+) -> None:
+    with Victim(built[0], "long", str(control.file), files=[control.file]) as victim:
+        control.code_address = int(victim.line(), 16)
+        call = Path(f"/proc/{victim.pid}/syscall")
+        wait_until(lambda: call.read_text().startswith("35 "), 10, "it sleeps")
+        uninstall(identity_of(victim.pid), "victim", control, injector)
+        wait_until(lambda: call.read_text().startswith(f"{syscalls.NR_RESTART_SYSCALL} "), 10, "it sleeps on")
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("call", ["ppoll", "nanosleep"])
 @pytest.mark.parametrize("action", ["attach", "detach"])
@@ -116,6 +127,7 @@ syscalls.ptrace_set_registers = set_registers
         answer = json.loads(ask_one(signalling, "attach", identity_of(victim.pid), control.file, control.file))
         assert "code_address" in answer
         assert control.thread_lives(victim.pid)
+        wait_until(lambda: victim.checked_round()[1] == 1, 10, "the signal arrives, once")
         victim.rounds()
 
 
@@ -124,11 +136,12 @@ def test_a_stopped_process_stays_stopped(
 ) -> None:
     with Victim(built[0], "ppoll", files=[control.file]) as victim:
         victim.rounds(1)
+        status = Path(f"/proc/{victim.pid}/status")
         os.kill(victim.pid, signal.SIGSTOP)
-        wait_until(lambda: "\nState:\tT" in Path(f"/proc/{victim.pid}/status").read_text(), 10, "it is stopped")
+        wait_until(lambda: "\nState:\tT (stopped)" in status.read_text(), 10, "it is stopped")
         with pytest.raises(RefusedDomainError, match="it is stopped; is the process"):
             install(identity_of(victim.pid), "victim", control, control.file, injector)
-        assert "\nState:\tT (stopped)" in Path(f"/proc/{victim.pid}/status").read_text()
+        wait_until(lambda: "\nState:\tT (stopped)" in status.read_text(), 10, "it is stopped again")
         os.kill(victim.pid, signal.SIGCONT)
         victim.rounds()
         assert not is_mapped(victim.pid)

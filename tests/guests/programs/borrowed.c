@@ -2,6 +2,7 @@
 // the thread and gives anything back wrong is found out.
 //
 //   borrowed ppoll|poll|nanosleep [NUMBER [beside]]   goes round until its standard input ends; a line each round
+//   borrowed long NUMBER                              sleeps for an hour
 //   borrowed vfork                                    first hangs where no signal reaches it, until that end
 //
 // With NUMBER the file of that descriptor is mapped to be executed first; the first line says where. With "beside"
@@ -115,6 +116,7 @@ int main(int argc, char **argv) {
         struct pollfd input = {.fd = 0, .events = 0};
         struct timespec time = {.tv_nsec = 20 * 1000 * 1000}, rest;
         uint64_t other_mask = 0x5500; // of the ppoll only
+        int before = signals;
         memset(&found, 0, sizeof found);
         for (unsigned i = 0; i < sizeof given.vector; i++)
             given.vector[i] = (unsigned char)(i * 7 + (unsigned)round);
@@ -132,6 +134,8 @@ int main(int argc, char **argv) {
             given.general[2] = (uint64_t)&input, given.general[3] = 1, given.general[4] = 20;
         } else {
             number = SYS_nanosleep;
+            if (!strcmp(argv[1], "long"))
+                time.tv_sec = 3600;
             given.general[2] = (uint64_t)&time, given.general[3] = (uint64_t)&rest;
         }
         long result = call_with(number, &given, &found);
@@ -150,10 +154,9 @@ int main(int argc, char **argv) {
             return wrong("signal stack", stack_now.ss_flags);
         if (result == 1) // our parent has hung up
             return 0;
-        if (result != 0 && !(result == -EINTR && signals))
+        if (result != 0 && !(result == -EINTR && signals > before))
             return wrong("result", result);
-        signals = 0;
-        printf("round %ld\n", round);
+        printf("round %ld signals %d\n", round, signals);
         fflush(stdout);
     }
 }
