@@ -108,6 +108,10 @@ class Victim:
         assert self._process.stdin is not None
         self._process.stdin.close()
 
+    def wait(self) -> None:
+        """Wait until it has ended. :raises subprocess.TimeoutExpired: it does not."""
+        self._process.wait(LINE_DEADLINE_S)
+
     def __enter__(self) -> Self:
         return self
 

@@ -14,7 +14,7 @@ from guests.machine import wait_until
 from guests.victims import Victim, altered, ask_one, dying, programs
 from live.parts import needed_parts
 from memshr.errors import RefusedDomainError
-from memshr.qemu import syscalls
+from memshr.qemu import injection, syscalls
 from memshr.qemu.control_area import MAPPED_CONTROL, ControlArea
 from memshr.qemu.identity import identity_of
 from memshr.qemu.injection import Action, Injector, forbidden_calls, install, uninstall
@@ -22,6 +22,7 @@ from memshr.qemu.injection import Action, Injector, forbidden_calls, install, un
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may open /proc/PID/map_files; run as root")
 
 MOST_PTRACE_CALLS = 40
+ANSWERS_OF_ANOTHER = "it has ended, or runs another program now"
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +185,30 @@ tracee.Tracee._resume = resume
         assert "\nTracerPid:\t0\n" in Path(f"/proc/{victim.pid}/status").read_text()
 
 
-# -- another program ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("place", ["tracee.Tracee.check", "tracee.Tracee._resume"])
+def test_the_parent_of_a_process_that_is_killed_meanwhile_hears_of_it(
+    built: tuple[Path, Path, Path],
+    control: ControlArea,
+    injector: Injector,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    killing_it = altered(f"""
+real = {place}
+def kill(self, *arguments):
+    os.kill(self.pid, signal.SIGKILL)
+    return real(self, *arguments)
+{place} = kill
+""")
+    monkeypatch.setattr(injection, "command", lambda: killing_it)
+    with Victim(built[0], "ppoll", files=[control.file]) as victim:
+        victim.rounds(1)
+        with pytest.raises(RefusedDomainError, match=ANSWERS_OF_ANOTHER):
+            install(identity_of(victim.pid), "victim", control, control.file, injector)
+        victim.wait()
 
-ANSWERS_OF_ANOTHER = "it has ended, or runs another program now"
+
+# -- another program ---------------------------------------------------------------------------------------------------
 
 
 def assert_untouched(victim: Victim, privileged: Path) -> None:

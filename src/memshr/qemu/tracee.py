@@ -26,8 +26,8 @@ So whoever has found the identity to hold sets registers and memory of that very
 threads of QEMU do meanwhile to their own memory (the borrowed instructions, the frame, the descriptors) can only make
 QEMU run its own code with its own rights.
 
-Every wait has a deadline. A thread that is running and does not stop cannot be let go by ptrace, only by our end:
-``Stuck`` says so, and the injector ends after it.
+Every wait has a deadline. A thread that is running and does not stop cannot be let go by ptrace, only by our end, and
+neither can one that was killed: ``Stuck`` says so, and the injector ends after it.
 
 Sources: ptrace(2); the kernel's ``arch/x86/kernel/signal_64.c`` (rt_sigreturn, struct rt_sigframe),
 ``asm/sigcontext.h`` (struct sigcontext_64, struct _fpx_sw_bytes), ``fs/exec.c`` (de_thread), ``kernel/ptrace.c``.
@@ -99,7 +99,7 @@ class Refused(Exception):
 
 
 class Stuck(Refused):
-    """It cannot, and we must end now, because a thread that we have seized is let go by nothing else."""
+    """It cannot, and we must end now, because nothing else lets a thread go that we have seized."""
 
 
 def ended() -> Refused:
@@ -194,6 +194,9 @@ def _pieces(memory: BinaryIO, found: Sequence[Mapping]) -> Iterator[tuple[int, b
 class Tracee:
     """The main thread of a process, seized by us until ``close``.
 
+    ``is_free`` says that it is not seized any more. A thread that was killed stays seized, and its parent does not hear
+    of its end before we let it go.
+
     :param end: when (time.monotonic) every wait for it ends.
     :raises Refused: we may not trace it.
     :raises OSError: there is no such process.
@@ -205,6 +208,7 @@ class Tracee:
         self._original = Registers()
         self._memory = -1
         self._stands = False
+        self.is_free = False
         try:
             syscalls.ptrace_seize(pid)
         except PermissionError as error:
@@ -253,6 +257,7 @@ class Tracee:
     def _resume(self, request: int, signal_number: int = 0) -> None:
         self._stands = False
         syscalls.ptrace_resume(request, self.pid, signal_number)
+        self.is_free = request == syscalls.PTRACE_DETACH
 
     def check(self, identity: Identity) -> None:
         """Open the memory of the stopped thread and make sure that it runs the very program that is meant.
@@ -371,7 +376,7 @@ class Tracee:
         syscalls.ptrace_set_registers(self.pid, self.onward)
 
     def close(self) -> None:
-        """Let it go if it stands still; if it runs, only our end lets it go (``Stuck``)."""
+        """Let it go if it stands still; ``is_free`` then says whether it is."""
         if self._stands:
             with contextlib.suppress(ProcessLookupError):  # it was killed meanwhile
                 self._resume(syscalls.PTRACE_DETACH)
@@ -385,11 +390,26 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def seized(pid: int, end: float) -> Iterator[Tracee]:
-    """A stopped main thread, let go at the end. :raises Refused: as ``Tracee.stop``."""
+    """A stopped main thread, let go at the end.
+
+    :raises Refused: as ``Tracee.stop``.
+    :raises Stuck: it does not let itself be let go: it runs, or was killed.
+    """
     tracee = Tracee(pid, end)
-    with contextlib.closing(tracee):
-        tracee.stop()
-        yield tracee
+    reason, remedy = ended().args
+    try:
+        with contextlib.closing(tracee):
+            tracee.stop()
+            yield tracee
+    except Refused as refused:
+        reason, remedy = refused.args
+        if tracee.is_free:
+            raise
+    except (ProcessLookupError, FileNotFoundError):
+        if tracee.is_free:
+            raise
+    if not tracee.is_free:
+        raise Stuck(reason, remedy)
 
 
 @contextlib.contextmanager
