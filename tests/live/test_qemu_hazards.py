@@ -17,7 +17,6 @@ from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
 from memshr.errors import (
-    ConnectionLostError,
     HostMemoryError,
     MemshrError,
     NoSuchDomainError,

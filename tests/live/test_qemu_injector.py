@@ -1,40 +1,58 @@
 """The process that borrows a thread of QEMU is killed in the midst of it: QEMU goes on as if nothing had been."""
 
+import contextlib
 import os
 import random
 import signal
 import socket
-import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
-
-import pytest
 
 from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.qemu_host import booted, process_of
-from memshr.qemu import agent, control_area
+from memshr.qemu import agent, control_area, injection
 from memshr.qemu.hypervisor import QemuHypervisor
-from memshr.qemu.injector import run_filter
+from memshr.qemu.identity import identity_of
+from memshr.qemu.injection import Injector, command
+from memshr.qemu.monitor import Monitor
 from memshr.types import DomId
 
 KILLS = 25
+
+
+def handed_over(guest: QtestGuest, monitor: Monitor, control: control_area.ControlArea) -> int:
+    """Hand a control area to QEMU; its number there."""
+    monitor.hand_over(control.file)
+    pidfd = os.pidfd_open(guest.pid)
+    try:
+        return injection.descriptor_number(guest.pid, pidfd, control.file)
+    finally:
+        os.close(pidfd)
+
+
+def installed(guest: QtestGuest, monitor: Monitor, injector: Injector) -> control_area.ControlArea:
+    """An agent in a QEMU that has none."""
+    control = control_area.ControlArea.create()
+    number = handed_over(guest, monitor, control)
+    injection.install(identity_of(guest.pid), guest.name, control, number, injector)
+    monitor.take_back()
+    return control
 
 
 def killed_while_attaching(guest: QtestGuest, delay_s: float) -> bool:
     """Start the injector and kill it ``delay_s`` after it has prepared everything; returns whether it was in time."""
     control = control_area.ControlArea.create()
     with process_of(guest).monitor() as monitor:
-        number = monitor.add_descriptor(control.file)
+        number = handed_over(guest, monitor, control)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with (
             ours,
             theirs,
-            subprocess.Popen([sys.executable, "-m", "memshr.qemu.injector"], stdin=theirs.fileno()) as injector,
+            subprocess.Popen(command(), stdin=theirs.fileno()) as injector,
         ):
-            socket.send_fds(ours, [f"attach {guest.pid} {number}".encode()], [control.file])
+            socket.send_fds(ours, [f"attach {identity_of(guest.pid)} {number}".encode()], [control.file])
             # A parent that has died: it ends of itself when it has done its work.
             ours.shutdown(socket.SHUT_WR)
             while (
@@ -47,7 +65,7 @@ def killed_while_attaching(guest: QtestGuest, delay_s: float) -> bool:
                 pass
             injector.send_signal(signal.SIGKILL)
             killed = injector.wait() == -signal.SIGKILL
-        monitor.remove_descriptors()
+        monitor.take_back()
     control.close()
     return killed
 
@@ -71,26 +89,31 @@ def test_the_death_of_the_injector_harms_nobody(qemu: Path) -> None:
         assert guest.alive
 
 
-class Interrupted(socket.socket):
-    """A Ctrl-C comes while we wait for an answer."""
-
-    def recv(self, *_: object) -> bytes:
-        raise KeyboardInterrupt
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
-def test_answer_of_the_injector_that_nobody_waited_for_is_not_taken_for_the_next_one(tmp_path: Path) -> None:
-    injector = agent.Injector()
-    injector._wire = Interrupted(fileno=injector._start().detach())
-    with (tmp_path / "file").open("wb") as file, pytest.raises(KeyboardInterrupt):
-        injector.ask("attach", os.getpid(), 0, file.fileno())
-    assert injector._wire is None
-    assert injector._process is None
+def test_what_the_sandbox_of_qemu_forbids_is_told_and_the_rest_of_it_lets_the_agent_in(qemu: Path) -> None:
+    with (
+        booted(qemu, "sandboxed", arguments=["-sandbox", SANDBOX]) as (guest,),
+        process_of(guest).monitor() as monitor,
+        contextlib.closing(Injector()) as injector,
+        contextlib.closing(control_area.ControlArea.create()) as control,
+    ):
+        identity = identity_of(guest.pid)
+        number = handed_over(guest, monitor, control)
+        installed = injection.install(identity, "sandboxed", control, number, injector)
+        monitor.take_back()
+        assert control.thread_lives(guest.pid)
+        assert injection.forbidden_calls(identity, "sandboxed", control, injector) == installed.forbidden
+        assert "\nSeccomp:\t2\n" in Path(f"/proc/{guest.pid}/status").read_text()
+        assert installed.forbidden == set()
+        assert guest.hmp("info status").startswith("VM status")
 
 
 def test_agent_runs_tables_until_the_first_surprise(qemu: Path) -> None:
     with booted(qemu, "tables") as (guest,), process_of(guest).monitor() as monitor:
-        injector = agent.Injector()
-        control = agent.install(guest.pid, "tables", monitor, injector)
+        injector = Injector()
+        control = installed(guest, monitor, injector)
         injector.close()
         pidfd = os.pidfd_open(guest.pid)
         with agent.Session.open(guest.pid, pidfd, "tables", control, monitor) as session:
@@ -110,8 +133,8 @@ def test_agent_runs_tables_until_the_first_surprise(qemu: Path) -> None:
 
 def test_an_offer_of_a_memshr_that_died_before_it_woke_the_agent_is_passed_over(qemu: Path) -> None:
     with booted(qemu, "offer") as (guest,), process_of(guest).monitor() as monitor:
-        injector = agent.Injector()
-        control = agent.install(guest.pid, "offer", monitor, injector)
+        injector = Injector()
+        control = installed(guest, monitor, injector)
         injector.close()
         thread = control.thread(guest.pid)
         wait_until(lambda: "futex" in Path(f"/proc/{thread}/wchan").read_text(), 10, "the agent sleeps")
@@ -124,11 +147,3 @@ def test_an_offer_of_a_memshr_that_died_before_it_woke_the_agent_is_passed_over(
         wait_until(lambda: not agent.is_in_session(guest.pid), 10, "the agent sleeps again")
         os.close(pidfd)
         control.close()
-
-
-@pytest.mark.parametrize(("number", "answer"), [(310, 0x00050001), (9, 0x7FFF0000), (0, 0x7FFF0000)])
-def test_seccomp_filters_are_judged_as_the_kernel_does(number: int, answer: int) -> None:
-    program = struct.pack(
-        "<" + "HBBI" * 4, 0x20, 0, 0, 0, 0x15, 0, 1, 310, 0x06, 0, 0, 0x00050001, 0x06, 0, 0, 0x7FFF0000
-    )
-    assert run_filter(program, number, ()) == answer

@@ -210,7 +210,7 @@ def test_failed_look_gives_a_living_guest_up_and_its_writers_go_on(
 
     monkeypatch.setattr(target, "entries", fails)
     assert host.hypervisor.read_pages(pages_of(SECOND), np.empty((COUNT, PAGE_SIZE), np.uint8)).tolist() == [0] * COUNT
-    with pytest.raises(RefusedDomainError, match="given up: .*no memory for a look"):
+    with pytest.raises(RefusedDomainError, match=r"given up: .*no memory for a look"):
         host.hypervisor.frames_of(pages_of(FIRST))
     host.write(FIRST, Gfn(FIRST_GFN), b"goes on")
     assert "no memory for a look" in host.hypervisor.trouble[0]

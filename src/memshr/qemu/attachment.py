@@ -362,6 +362,17 @@ class Attachment:
             if self.target.read(self.hvas[pages], out, rows) != len(pages) * PAGE_SIZE:
                 raise OSError(errno.EFAULT, "some of its memory cannot be read")
 
+    def read_for_others(self, pages: Pages, out: PageBytes) -> None:
+        """``read_scattered``, of bytes that others are to see.
+
+        SAFETY: a QEMU may execute a set-uid program at any time, whose memory is not its to share. What was read is
+        thrown away if it is not the same program afterwards.
+        """
+        self.read_scattered(pages, out)
+        with self._asking():
+            if not self.target.is_itself():
+                raise OSError(errno.ESRCH, "it has executed another program")
+
     @staticmethod
     def pool_mappings(mappings: Mappings) -> Iterator[PoolMappings]:
         """Where QEMU has files mapped that are called like frame pools, one by one; made for tens of thousands.
@@ -507,6 +518,14 @@ class Attachment:
                 reasons=[text],
                 domid=self.domid,
                 remedy="free memory, or have KSM unmerge all (write 2 to /sys/kernel/mm/ksm/run)",
+            )
+        if not session.may_call(syscalls.NR_MADVISE) and any(kept.flags & _MERGEABLE for kept in self._kept):
+            text = "its seccomp filter does not let its memory be taken from KSM"
+            raise RefusedDomainError(
+                f"guest {self.process.name} ({self.process.pid}) is left alone: {text}",
+                reasons=[text],
+                domid=self.domid,
+                remedy="start QEMU with -machine mem-merge=off",
             )
         rows = [
             (syscalls.NR_MADVISE, start, min(_UNMERGE_BYTES, ram.end_hva - start), syscalls.MADV_UNMERGEABLE)

@@ -587,7 +587,7 @@ class QemuHypervisor:
             local = self._books.local(guest, sources[rows])
             contents = page_buffer(len(rows))
             try:
-                guest.read_scattered(local, contents)
+                guest.read_for_others(local, contents)
             except DomainError:
                 continue
             number = self._chosen_pool[self._books.groups[guest.domid - 1]]

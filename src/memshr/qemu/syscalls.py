@@ -5,7 +5,7 @@ the caller to say. Nothing here decides anything.
 
 Sources (Linux 6.1 headers, stable ABI): ``asm/unistd_64.h``, ``asm-generic/mman-common.h``, ``linux/mman.h``,
 ``linux/userfaultfd.h``, ``linux/ptrace.h``, ``asm/ptrace.h`` (struct user_regs_struct), ``linux/futex.h``,
-``linux/memfd.h``, ``linux/fcntl.h``, ``linux/openat2.h``.
+``linux/memfd.h``, ``linux/fcntl.h``, ``linux/openat2.h``, ``linux/prctl.h``, ``linux/kcmp.h``, ``linux/mempolicy.h``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ NR_FSTAT: Final = 5
 NR_MMAP: Final = 9
 NR_MUNMAP: Final = 11
 NR_RT_SIGPROCMASK: Final = 14
+NR_RT_SIGRETURN: Final = 15
 NR_IOCTL: Final = 16
 NR_MREMAP: Final = 25
 NR_MADVISE: Final = 28
@@ -47,6 +48,7 @@ NR_MBIND: Final = 237
 NR_SET_MEMPOLICY: Final = 238
 NR_GET_MEMPOLICY: Final = 239
 NR_PROCESS_VM_READV: Final = 310
+NR_KCMP: Final = 312
 NR_USERFAULTFD: Final = 323
 NR_OPENAT2: Final = 437
 NR_PIDFD_GETFD: Final = 438
@@ -76,6 +78,10 @@ MADV_COLD: Final = 20
 # linux/mempolicy.h
 MPOL_BIND: Final = 2
 MPOL_MODE_FLAGS: Final = 0xE000
+
+# linux/prctl.h
+PR_SET_MEMORY_MERGE: Final = 67
+PR_GET_MEMORY_MERGE: Final = 68
 
 _MOST_URGENT: Final = -20
 """the lowest nice value: sys/resource.h"""
@@ -117,15 +123,24 @@ _UFFDIO_WRITEPROTECT_MODE_WP: Final = 1
 PTRACE_CONT: Final = 7
 PTRACE_DETACH: Final = 17
 PTRACE_SYSCALL: Final = 24
+PTRACE_EVENT_EXEC: Final = 4
 PTRACE_EVENT_STOP: Final = 128
 PTRACE_O_TRACESYSGOOD: Final = 1
+PTRACE_O_TRACEEXEC: Final = 1 << PTRACE_EVENT_EXEC
 WALL: Final = 0x40000000
-_PTRACE_POKEDATA: Final = 5
 _PTRACE_GETREGS: Final = 12
 _PTRACE_SETREGS: Final = 13
+_PTRACE_GETREGSET: Final = 0x4204
 _PTRACE_SEIZE: Final = 0x4206
 _PTRACE_INTERRUPT: Final = 0x4207
+_PTRACE_GETSIGMASK: Final = 0x420A
 _PTRACE_SECCOMP_GET_FILTER: Final = 0x420C
+_NT_X86_XSTATE: Final = 0x202
+"""linux/elf.h"""
+_XSTATE_MOST_BYTES: Final = 1 << 15
+
+# linux/kcmp.h
+_KCMP_FILE: Final = 0
 
 # linux/futex.h
 _FUTEX_WAKE: Final = 1
@@ -191,6 +206,14 @@ def _syscall(call: str, number: int, *arguments: int | None) -> int:
 def pidfd_getfd(pidfd: int, number: int) -> int:
     """Our own copy of descriptor ``number`` of the process behind ``pidfd``, closed on exec."""
     return _syscall("pidfd_getfd", NR_PIDFD_GETFD, pidfd, number, 0)
+
+
+def is_same_open_file(one: int, other: int) -> bool:
+    """Whether two descriptors of ours stand for one open file (kcmp(2)), and not only for one inode.
+
+    :raises OSError: this kernel has no kcmp, or we may not use it.
+    """
+    return _syscall("kcmp", NR_KCMP, os.getpid(), os.getpid(), _KCMP_FILE, one, other) == 0
 
 
 def process_madvise(pidfd: int, pieces: NDArray[np.void], advice: int) -> int:
@@ -389,8 +412,11 @@ def _ptrace(call: str, request: int, tid: int, address: int, data: int) -> None:
 
 
 def ptrace_seize(tid: int) -> None:
-    """Become the tracer of a thread without stopping it; if we die the kernel lets it go."""
-    _ptrace("PTRACE_SEIZE", _PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD)
+    """Become the tracer of a thread without stopping it; if we die the kernel lets it go.
+
+    Stops at system calls can be told from signals, and a thread that executes another program stops for it.
+    """
+    _ptrace("PTRACE_SEIZE", _PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC)
 
 
 def ptrace_interrupt(tid: int) -> None:
@@ -415,9 +441,22 @@ def ptrace_set_registers(tid: int, registers: Registers) -> None:
     _ptrace("PTRACE_SETREGS", _PTRACE_SETREGS, tid, 0, ctypes.addressof(registers))
 
 
-def ptrace_poke(tid: int, address: int, word: int) -> None:
-    """Write eight bytes into the memory of a stopped thread."""
-    _ptrace("PTRACE_POKEDATA", _PTRACE_POKEDATA, tid, address, word)
+def ptrace_get_extended_state(tid: int) -> bytes:
+    """The floating-point and vector registers of a stopped thread, in the layout of XSAVE.
+
+    :raises OSError: ENODEV: this processor has no XSAVE.
+    """
+    buffer = ctypes.create_string_buffer(_XSTATE_MOST_BYTES)
+    piece = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), len(buffer))  # struct iovec
+    _ptrace("PTRACE_GETREGSET", _PTRACE_GETREGSET, tid, _NT_X86_XSTATE, ctypes.addressof(piece))
+    return buffer.raw[: piece[1]]
+
+
+def ptrace_get_signal_mask(tid: int) -> int:
+    """The signals that a stopped thread blocks, as it set them itself: not the mask of a ppoll that is under way."""
+    mask = ctypes.c_uint64()
+    _ptrace("PTRACE_GETSIGMASK", _PTRACE_GETSIGMASK, tid, ctypes.sizeof(mask), ctypes.addressof(mask))
+    return mask.value
 
 
 def ptrace_seccomp_filter(tid: int, index: int) -> bytes | None:

@@ -25,7 +25,9 @@ from memshr.qemu.agent import Session
 from memshr.qemu.bounded import Bounded
 from memshr.qemu.control_area import ControlArea
 from memshr.qemu.guests import GuestProcess, RamRange
+from memshr.qemu.identity import identity_of
 from memshr.qemu.injection import Injector
+from memshr.qemu.monitor import Monitor
 from memshr.qemu.pagemap import Pagemap
 from memshr.types import PAGE_SIZE, DomId, PageBytes
 
@@ -43,6 +45,7 @@ class Target:
         with contextlib.ExitStack() as undo:
             self._pidfd = os.pidfd_open(process.pid)
             undo.callback(os.close, self._pidfd)
+            self.identity = identity_of(process.pid)
             self._pagemap = Pagemap(process.pid)
             undo.callback(self._pagemap.close)
             self._files = undo.pop_all()
@@ -60,6 +63,10 @@ class Target:
         ready = select.poll()
         ready.register(self._pidfd, select.POLLIN)
         return bool(ready.poll(0)) or not self.process.running
+
+    def is_itself(self) -> bool:
+        """Whether the process still runs the very program that was looked at."""
+        return self.identity.still_holds()
 
     def close(self) -> None:
         """Close every file."""
@@ -181,8 +188,23 @@ class Target:
                 )
             code = mappings.named(control_area.MAPPED_CONTROL.__eq__) & mappings.executable
             places = [f"{place.start:x}-{place.end:x}" for place in mappings.of(code)]
-            control = ControlArea.find(self.pid, places) or injection.install(self.pid, name, monitor, injector)
+            control = ControlArea.find(self.pid, places) or self._install(monitor, injector)
             return Session.open(self.pid, self._pidfd, name, control, monitor)
+
+    def _install(self, monitor: Monitor, injector: Injector) -> ControlArea:
+        control = ControlArea.create()
+        try:
+            monitor.hand_over(control.file)
+            try:
+                number = injection.descriptor_number(self.pid, self._pidfd, control.file)
+                made = injection.install(self.identity, self.process.name, control, number, injector)
+                control.forbidden = sorted(made.forbidden)
+            finally:
+                monitor.take_back()
+        except BaseException:
+            control.close()
+            raise
+        return control
 
     def drain(self) -> None:
         """Wait until every disk request that is under way has ended; the guest goes on.
@@ -206,6 +228,6 @@ class Target:
                 each.close()
         for each in ControlArea.find_all(self.pid):
             try:
-                injection.uninstall(self.pid, each, injector)
+                injection.uninstall(self.identity, self.process.name, each, injector)
             finally:
                 each.close()
