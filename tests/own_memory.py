@@ -40,6 +40,7 @@ _KPF_ZERO_PAGE: Final = 1 << 24
 MADV_FREE: Final = 8
 MADV_UNMERGEABLE: Final = 13
 MADV_PAGEOUT: Final = 21
+MADV_POPULATE_WRITE: Final = 23
 MADV_COLLAPSE: Final = 25
 PR_SET_MEMORY_MERGE: Final = 67
 
@@ -55,6 +56,7 @@ libc.munmap.argtypes = libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.madvise.argtypes = libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _READ_WRITE: Final = syscalls.PROT_READ | syscalls.PROT_WRITE
+_SWAP_BYTES: Final = 32 << 20
 _MESSAGE_BYTES: Final = 32
 _ADDRESS: Final = slice(16, 24)
 """of struct uffd_msg, for a page fault (linux/userfaultfd.h)"""
@@ -246,20 +248,24 @@ def _settings(values: dict[Path, str], restore_first: Path | None = None) -> Ite
 
 
 @contextmanager
-def ksm_at_work(*, zero_pages: bool = False) -> Iterator[None]:
-    """KSM merges what it may, as fast as it can. Skips where this kernel has none, or does not let us switch it.
+def ksm_at_work(*, zero_pages: bool = False, run: bool = True) -> Iterator[Path]:
+    """KSM merges what it may, as fast as it can; if it does not ``run``, then not before its switch is written 1.
 
-    It is switched on for the whole machine: keep it short. Two tests do not do so at the same time.
+    Yields the switch. Skips where this kernel has no KSM, or does not let us switch it. It is switched for the whole
+    machine, so keep it short; who else wants to do so waits.
     """
-    run = KSM / "run"
-    if not os.access(run, os.W_OK):
+    switch = KSM / "run"
+    if not os.access(switch, os.W_OK):
         pytest.skip("needs a kernel with KSM, and root to switch it on")
     values = {"pages_to_scan": "100000", "sleep_millisecs": "0", "smart_scan": "0"}
-    values |= {"use_zero_pages": str(int(zero_pages)), "run": "1"}
-    with run.open() as lock:
+    values |= {"use_zero_pages": str(int(zero_pages)), "run": str(int(run))}
+    lock = os.open(KSM, os.O_RDONLY | os.O_DIRECTORY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with _settings({KSM / name: value for name, value in values.items()}, restore_first=run):
-            yield
+        with _settings({KSM / name: value for name, value in values.items()}, restore_first=switch):
+            yield switch
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -278,12 +284,12 @@ def some_swap(directory: Path) -> Iterator[None]:
     """There is swap space: what is active, or a small file that is swap meanwhile. Skips where that cannot be."""
     with ExitStack() as undo:
         if len(Path("/proc/swaps").read_text().splitlines()) < 2:
-            file = directory / "swap"
-            file.touch(mode=0o600)
-            file.write_bytes(bytes(32 << 20))
-            for command in (["mkswap", file], ["swapon", file]):
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            file = str(directory / "swap")
+            Path(file).touch(mode=0o600)
+            Path(file).write_bytes(bytes(_SWAP_BYTES))
+            for command in ("mkswap", "swapon"):
+                done = subprocess.run([command, file], capture_output=True, text=True, check=False)
                 if done.returncode:
                     pytest.skip(f"needs swap space: {done.stderr.strip()}")
-            undo.callback(subprocess.run, ["swapoff", file], check=True)
+            undo.callback(lambda: subprocess.run(["swapoff", file], check=True))
         yield

@@ -3,8 +3,8 @@
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -125,9 +125,24 @@ def test_huge_reads_the_frames_of_a_huge_page_in_one_go(stack: ExitStack, monkey
     entries = memory.entries()
     calls = []
     read_words = pagemap._read_words
-    monkeypatch.setattr(pagemap, "_read_words", lambda *where: calls.append(where) or read_words(*where))
+
+    def counted(*where: int) -> pagemap.Entries:
+        calls.append(where)
+        return read_words(*where)
+
+    monkeypatch.setattr(pagemap, "_read_words", counted)
     assert memory.pagemap.huge(entries[::-1]).all()
     assert 1 <= len(calls) <= 2
+
+
+@contextmanager
+def merged(memory: OwnMemory, done: Callable[[], bool], *, zero_pages: bool = False) -> Iterator[None]:
+    """KSM has merged what it may of some memory, and does nothing more."""
+    with ksm_at_work(zero_pages=zero_pages) as switch:
+        memory.advise(syscalls.MADV_MERGEABLE)
+        wait_until(done, DEADLINE_S, "KSM merges equal pages")
+        switch.write_text("0")
+        yield
 
 
 def test_pages_that_ksm_has_merged(stack: ExitStack) -> None:
@@ -135,23 +150,21 @@ def test_pages_that_ksm_has_merged(stack: ExitStack) -> None:
     memory.number(range(64))
     memory.write(8, 9, pages=40)
     assert ksm_pages(os.getpid()) == 0
-    with ksm_at_work():
-        memory.advise(syscalls.MADV_MERGEABLE)
-        wait_until(lambda: sum(memory.merged_by_ksm()) == 40, DEADLINE_S, "KSM merges 40 equal pages")
-    entries = memory.entries()
-    assert len(np.unique(entries[8:48] & np.uint64(FRAME))) == 1
-    assert ksm_pages(os.getpid()) == 40
-    assert is_there(entries).all()
-    assert not memory.pagemap.zero_pages(entries).any()
-    assert not memory.pagemap.huge(entries).any()
-    assert not is_protected(entries).any()
-    assert not on_frame(entries).any()
-    counts_what_is_mapped = pagemap._SMAPS_KSM_KIB.search(Path("/proc/self/smaps_rollup").read_bytes())
-    memory.write(10, 1, pages=3)
-    assert ksm_pages(os.getpid()) == (37 if counts_what_is_mapped else 40)
-    memory.advise(MADV_UNMERGEABLE)
-    assert sum(memory.merged_by_ksm()) == 0
-    assert ksm_pages(os.getpid()) == (0 if counts_what_is_mapped else 40)
+    with merged(memory, lambda: sum(memory.merged_by_ksm()) == 40):
+        entries = memory.entries()
+        assert len(np.unique(entries[8:48] & np.uint64(FRAME))) == 1
+        assert ksm_pages(os.getpid()) == 40
+        assert is_there(entries).all()
+        assert not memory.pagemap.zero_pages(entries).any()
+        assert not memory.pagemap.huge(entries).any()
+        assert not is_protected(entries).any()
+        assert not on_frame(entries).any()
+        counts_what_is_mapped = pagemap._SMAPS_KSM_KIB.search(Path("/proc/self/smaps_rollup").read_bytes())
+        memory.write(10, 1, pages=3)
+        assert ksm_pages(os.getpid()) == (37 if counts_what_is_mapped else 40)
+        memory.advise(MADV_UNMERGEABLE)
+        assert sum(memory.merged_by_ksm()) == 0
+        assert ksm_pages(os.getpid()) == (0 if counts_what_is_mapped else 40)
 
 
 def test_pages_that_ksm_has_merged_with_the_zero_page(stack: ExitStack) -> None:
@@ -159,14 +172,12 @@ def test_pages_that_ksm_has_merged_with_the_zero_page(stack: ExitStack) -> None:
         pytest.skip("needs Linux 6.6: KSM counts the zero pages of each process")
     memory = memory_of(stack, 16)
     memory.write(0, 0, pages=16)
-    with ksm_at_work(zero_pages=True):
-        memory.advise(syscalls.MADV_MERGEABLE)
-        wait_until(lambda: all(memory.are_zero()), DEADLINE_S, "KSM merges 16 zero pages")
-    assert memory.pagemap.zero_pages(memory.entries()).all()
-    assert ksm_pages(os.getpid()) == 16
-    memory.advise(MADV_UNMERGEABLE)
-    assert not memory.pagemap.zero_pages(memory.entries()).any()
-    assert ksm_pages(os.getpid()) == 0
+    with merged(memory, lambda: all(memory.are_zero()), zero_pages=True):
+        assert memory.pagemap.zero_pages(memory.entries()).all()
+        assert ksm_pages(os.getpid()) == 16
+        memory.advise(MADV_UNMERGEABLE)
+        assert not memory.pagemap.zero_pages(memory.entries()).any()
+        assert ksm_pages(os.getpid()) == 0
 
 
 def test_swapped_pages(stack: ExitStack, protection: WriteProtection, tmp_path: Path) -> None:
