@@ -32,8 +32,12 @@ DEADLINE_S: Final = 60.0
 
 # Documentation/admin-guide/mm/pagemap.rst
 PRESENT: Final = 1 << 63
+SWAPPED: Final = 1 << 62
+FILE: Final = 1 << 61
+EXCLUSIVE: Final = 1 << 56
 FRAME: Final = (1 << 55) - 1
 _KPF_KSM: Final = 1 << 21
+_KPF_THP: Final = 1 << 22
 _KPF_ZERO_PAGE: Final = 1 << 24
 
 # asm-generic/mman-common.h, linux/mman.h, linux/prctl.h
@@ -135,6 +139,11 @@ class OwnMemory:
         """Which pages are a zero page of the kernel (KPF_ZERO_PAGE), asked one by one."""
         with Path("/proc/kpageflags").open("rb", buffering=0) as flags:
             return [self._has_flag(flags, entry, _KPF_ZERO_PAGE) for entry in self.entries().tolist()]
+
+    def are_huge(self) -> list[bool]:
+        """Which pages are parts of a transparent huge page (KPF_THP), asked one by one."""
+        with Path("/proc/kpageflags").open("rb", buffering=0) as flags:
+            return [self._has_flag(flags, entry, _KPF_THP) for entry in self.entries().tolist()]
 
     @staticmethod
     def _has_flag(flags: FileIO, entry: int, flag: int) -> bool:

@@ -230,11 +230,11 @@ def test_cold(make: MakeMemory, protection: WriteProtection, frames: bool) -> No
 def test_cold_splits_a_protected_huge_page(make: MakeMemory, protection: WriteProtection) -> None:
     memory = make(HUGE_PAGES, huge=True)
     memory.write(0, 7)
-    if not memory.pagemap.huge(memory.entries()).all():
+    if not all(memory.are_huge()):
         pytest.skip("the kernel gave no huge page")
     protection.protect(memory)
     memory.advise(syscalls.MADV_COLD, 3, 1)
-    assert not memory.pagemap.huge(memory.entries()).any()
+    assert not any(memory.are_huge())
     assert all(memory.protected())
     assert all(each_told(protection, memory, range(SAMPLES)))
 
@@ -262,7 +262,7 @@ def small_pages(make: MakeMemory, protection: WriteProtection, blocks: int, abse
         if page != absent:
             memory.write(page, page % 251 + 1)
     memory.advise(syscalls.MADV_HUGEPAGE)
-    assert not memory.pagemap.huge(memory.entries()).any()
+    assert not any(memory.are_huge())
     return memory
 
 
@@ -275,7 +275,7 @@ def test_collapse(make: MakeMemory, protection: WriteProtection) -> None:
         memory.advise(MADV_COLLAPSE, HUGE_PAGES, HUGE_PAGES)
     except OSError as error:
         pytest.skip(f"needs Linux 6.1, and memory for a huge page: {error}")
-    assert memory.pagemap.huge(memory.entries()).tolist() == [page >= HUGE_PAGES for page in range(memory.pages)]
+    assert memory.are_huge() == [page >= HUGE_PAGES for page in range(memory.pages)]
     assert each_told(protection, memory, range(SAMPLES)) == [page == 5 for page in range(SAMPLES)]
 
 
@@ -325,7 +325,7 @@ def test_khugepaged(make: MakeMemory, protection: WriteProtection) -> None:
         scans = int((KHUGEPAGED / "full_scans").read_text())
         wait_until(lambda: int((KHUGEPAGED / "full_scans").read_text()) >= scans + 2, DEADLINE_S, "it looks again")
     block = np.arange(memory.pages) // HUGE_PAGES
-    huge = memory.pagemap.huge(memory.entries())
+    huge = np.array(memory.are_huge())
     assert not huge[block == 0].any()
     assert bool(huge[block == 1].any()) is not protection.unpopulated
     assert each_told(protection, memory, range(SAMPLES)) == [page == 5 for page in range(SAMPLES)]

@@ -17,6 +17,8 @@ from memshr.qemu import pagemap, syscalls
 from memshr.qemu.pagemap import Pagemap, is_protected, is_there, ksm_pages, mapping_flags, on_frame
 from own_memory import (
     DEADLINE_S,
+    EXCLUSIVE,
+    FILE,
     FRAME,
     HUGE,
     MADV_PAGEOUT,
@@ -24,6 +26,7 @@ from own_memory import (
     PAGE,
     PR_SET_MEMORY_MERGE,
     PRESENT,
+    SWAPPED,
     OwnMemory,
     WriteProtection,
     ksm_at_work,
@@ -66,7 +69,7 @@ def huge_zero_memory(stack: ExitStack) -> OwnMemory:
     memory = memory_of(stack, 2 * HUGE_PAGES, huge=True)
     memory.read(7)
     memory.write(HUGE_PAGES + 3, 5)
-    if not memory.pagemap.huge(memory.entries()).all():
+    if not all(memory.are_huge()):
         pytest.skip("the kernel gave no huge pages (transparent_hugepage/enabled, use_zero_page, or no memory)")
     return memory
 
@@ -80,6 +83,37 @@ def test_huge_zero_page_is_a_zero_page(stack: ExitStack) -> None:
     for page in (0, 7, HUGE_PAGES - 1, HUGE_PAGES):  # one entry alone says as much as all of them
         assert memory.pagemap.zero_pages(entries[page : page + 1]).tolist() == [expected[page]]
     assert is_there(entries).all()
+    assert memory.pagemap.huge(entries).all()
+
+
+def test_huge_zero_page_as_other_kernels_show_it(stack: ExitStack) -> None:
+    memory = huge_zero_memory(stack)
+    zero, written = (int(memory.entries()[page]) & ~(FILE | EXCLUSIVE) for page in (7, HUGE_PAGES))
+    (small,) = (int(entry) & FRAME for entry in small_zero_entries(stack))
+    kinds = [0, FILE, FILE | EXCLUSIVE]
+    assert judged(memory, *(zero | kind for kind in kinds)) == [True, True, True]
+    assert judged(memory, *(written | kind for kind in kinds)) == [False, False, False]
+    # A number of swap space is no frame.
+    assert judged(memory, SWAPPED | (zero & FRAME), SWAPPED | small, PRESENT | small, small) == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def judged(memory: OwnMemory, *entries: int) -> list[bool]:
+    """Which of these entries are called zero pages."""
+    found: list[bool] = memory.pagemap.zero_pages(np.array(entries, dtype=np.uint64)).tolist()
+    return found
+
+
+def small_zero_entries(stack: ExitStack) -> list[int]:
+    """The entry of a page that was read and never written."""
+    memory = memory_of(stack, 1)
+    memory.read(0)
+    found: list[int] = memory.entries().tolist()
+    return found
 
 
 def test_huge_zero_page_that_is_split_is_small_zero_pages(stack: ExitStack) -> None:
@@ -254,8 +288,17 @@ def test_entries_in_any_order_and_batch(stack: ExitStack, monkeypatch: pytest.Mo
     memory = memory_of(stack, 64)
     memory.write(0, 1, pages=40)
     expected = memory.entries()
+    counts = []
+    read_words = pagemap._read_words
+
+    def counted(file: int, first: int, count: int) -> pagemap.Entries:
+        counts.append(count)
+        return read_words(file, first, count)
+
     monkeypatch.setattr(pagemap, "_BATCH_SHIFT", 2)
+    monkeypatch.setattr(pagemap, "_read_words", counted)
     assert (memory.entries() == expected).all()
+    assert counts == [4] * 16
     order = np.random.default_rng(2).integers(0, 64, 200)
     assert (memory.pagemap.entries(memory.address + PAGE * order) == expected[order]).all()
     assert memory.pagemap.entries(np.empty(0, dtype=np.int64)).shape == (0,)
@@ -322,9 +365,11 @@ def test_without_flags_of_frames_there_is_no_answer(stack: ExitStack, monkeypatc
         return opened(path, *arguments)
 
     monkeypatch.setattr(os, "open", no_flags)
+    hidden = np.array([PRESENT, *small_zero_entries(stack)], dtype=np.uint64)
     with closing(Pagemap(os.getpid())) as reader:
-        assert not reader.zero_pages(memory.entries()).any()
-        assert not reader.huge(memory.entries()).any()
+        for entries in (memory.entries(), hidden):
+            assert not reader.zero_pages(entries).any()
+            assert not reader.huge(entries).any()
 
 
 # -- facts of processes ------------------------------------------------------------------------------------------------

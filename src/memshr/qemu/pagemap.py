@@ -132,10 +132,10 @@ class Pagemap:
         return found
 
     def _flags(self, frames: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        # The kpageflags of ascending frames.
+        # The kpageflags of ascending frames; of frame 0, which the kernel shows to those who may not know, nothing
+        # that is asked here.
         flags = np.zeros(len(frames), dtype=np.uint64)
-        # Frame 0 is what the kernel shows to those who may not know.
-        if self._kpageflags is None or not len(frames) or frames[-1] == 0:
+        if self._kpageflags is None or not len(frames):
             return flags
         edges = [0, *(np.flatnonzero(np.diff(frames) > _GAP_FRAMES) + 1).tolist(), len(frames)]
         for start, end in itertools.pairwise(edges):
