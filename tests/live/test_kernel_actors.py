@@ -8,6 +8,7 @@ was undone.
 
 import ctypes
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -204,6 +205,17 @@ def test_swapped_out_and_in(make: MakeMemory, protection: WriteProtection, tmp_p
         assert each_told(protection, memory) == expected
 
 
+def test_swapped_in_by_swapoff(make: MakeMemory, protection: WriteProtection, tmp_path: Path) -> None:
+    memory = make(16)
+    memory.number(range(16))
+    protection.protect(memory, 0, 8)
+    with some_swap(tmp_path):  # which ends with swapoff, unless the machine has swap of its own
+        memory.advise(MADV_PAGEOUT)
+        if not (memory.entries() >> np.uint64(62) == 1).all():
+            pytest.skip("the kernel swapped nothing out")
+    assert each_told(protection, memory) == [page < 8 for page in range(16)]
+
+
 def test_frames_that_are_swapped_out(make: MakeMemory, protection: WriteProtection, tmp_path: Path) -> None:
     with some_swap(tmp_path):
         memory = make(16, frames=True)
@@ -298,8 +310,8 @@ def test_frames_that_are_collapsed(make: MakeMemory, protection: WriteProtection
     # Somebody has the file mapped elsewhere, as the pool's maker has: a huge page of it changes all its readers.
     shared = syscalls.MAP_SHARED | syscalls.MAP_FIXED
     beside = make(HUGE_PAGES, registered=False)
-    with Path("/proc/self/map_files", f"{memory.address:x}-{memory.address + memory.bytes:x}").open("rb") as file:
-        succeed("mmap", libc.mmap(beside.address, beside.bytes, syscalls.PROT_READ, shared, file.fileno(), 0))
+    with file_behind(memory) as file:
+        succeed("mmap", libc.mmap(beside.address, beside.bytes, syscalls.PROT_READ, shared, file, 0))
     beside.read(0)
     before = memory.entries(0, 1)[0]
     try:
@@ -397,6 +409,28 @@ def test_discard_of_a_mapping_of_frames(make: MakeMemory, protection: WriteProte
     assert each_told(protection, memory) == [page < 12 for page in range(16)]
 
 
+def test_frames_that_are_given_back(make: MakeMemory, protection: WriteProtection) -> None:
+    memory = make(16, frames=True)
+    for page in range(8):
+        memory.read(page)
+    memory.write(3, 0xAA)
+    protection.protect(memory)
+    # As memshr gives a frame back to the host, which it does when nobody reads it.
+    with file_behind(memory) as file:
+        syscalls.punch_hole(file, 0, memory.bytes)
+    assert all(memory.protected())
+    assert [memory.read(page)[0] for page in range(16)] == [0xAA if page == 3 else 0 for page in range(16)]
+    assert all(each_told(protection, memory))
+
+
+@contextmanager
+def file_behind(memory: OwnMemory) -> Iterator[int]:
+    """The file that is mapped there, open for reading and writing."""
+    path = Path("/proc/self/map_files", f"{memory.address:x}-{memory.address + memory.bytes:x}")
+    with path.open("r+b", buffering=0) as file:
+        yield file.fileno()
+
+
 def test_fork(make: MakeMemory, protection: WriteProtection) -> None:
     memory, kept = make(8), make(8)
     for each in (memory, kept):
@@ -408,7 +442,8 @@ def test_fork(make: MakeMemory, protection: WriteProtection) -> None:
     child = os.fork()
     if not child:
         try:
-            memory.write(0, 0xAA)  # nobody is told, or else it would wait here for good
+            signal.alarm(int(DEADLINE_S))
+            memory.write(0, 0xAA)  # nobody is told, or else it would wait here
             with closing(type(memory.pagemap)(os.getpid())) as reader:
                 entry = int(reader.entries(np.array([memory.at(1)]))[0])
             absent = f"{kept.address:x}-" not in Path("/proc/self/maps").read_text()
@@ -526,6 +561,16 @@ def test_clearing_of_references_and_of_soft_dirty_bits(
     except OSError as error:
         pytest.skip(f"needs a kernel that tracks this: {error}")
     assert each_told(protection, memory) == [True] * 4 + [False] * 4
+
+
+def test_another_userfaultfd_is_refused(make: MakeMemory, protection: WriteProtection) -> None:
+    memory = make(8)
+    memory.number(range(8))
+    protection.protect(memory)
+    # QEMU's background snapshots and postcopy migration want one of their own.
+    with closing(WriteProtection()) as other, pytest.raises(OSError, match="busy"):
+        other.register(memory)
+    assert all(each_told(protection, memory))
 
 
 def test_end_of_memshr(make: MakeMemory) -> None:

@@ -102,6 +102,15 @@ def test_huge_zero_page_as_other_kernels_show_it(stack: ExitStack) -> None:
     ]
 
 
+def test_frames_that_there_are_no_flags_of(stack: ExitStack) -> None:
+    memory = memory_of(stack, 1)
+    memory.write(0, 1)
+    last = (1 << 55) - 2
+    beyond = np.array([PRESENT | last - 9, PRESENT | last, PRESENT | last + 1], dtype=np.uint64)
+    assert not memory.pagemap.huge(beyond).any()
+    assert not memory.pagemap.zero_pages(beyond).any()
+
+
 def judged(memory: OwnMemory, *entries: int) -> list[bool]:
     """Which of these entries are called zero pages."""
     found: list[bool] = memory.pagemap.zero_pages(np.array(entries, dtype=np.uint64)).tolist()
@@ -143,13 +152,13 @@ def test_zero_pages_cost_one_look_for_each_2_mib_of_the_host(stack: ExitStack, m
     frames = np.arange(100_000, dtype=np.uint64) * np.uint64(5) + np.uint64(HUGE_PAGES)
     merged = np.random.default_rng(1).permutation(frames) | np.uint64(PRESENT)
     calls = []
-    preadv = os.preadv
+    pread = os.pread
 
-    def counted(*arguments: object) -> int:
-        calls.append(arguments)
-        return preadv(*arguments)  # type: ignore[arg-type]  # whatever the caller gave
+    def counted(file: int, count: int, offset: int) -> bytes:
+        calls.append(offset)
+        return pread(file, count, offset)
 
-    monkeypatch.setattr(os, "preadv", counted)
+    monkeypatch.setattr(os, "pread", counted)
     assert memory.pagemap.zero_pages(merged).shape == merged.shape
     assert len(calls) == len(np.unique(frames // np.uint64(HUGE_PAGES)))
 
@@ -160,9 +169,9 @@ def test_huge_reads_the_frames_of_a_huge_page_in_one_go(stack: ExitStack, monkey
     calls = []
     read_words = pagemap._read_words
 
-    def counted(*where: int) -> pagemap.Entries:
-        calls.append(where)
-        return read_words(*where)
+    def counted(file: int, first: int, words: pagemap.Entries) -> int:
+        calls.append(first)
+        return read_words(file, first, words)
 
     monkeypatch.setattr(pagemap, "_read_words", counted)
     assert memory.pagemap.huge(entries[::-1]).all()
@@ -288,14 +297,16 @@ def test_entries_in_any_order_and_batch(stack: ExitStack, monkeypatch: pytest.Mo
     memory = memory_of(stack, 64)
     memory.write(0, 1, pages=40)
     expected = memory.entries()
+    some = np.array([0, 5, 6, 41, 50])
+    assert (memory.pagemap.entries(memory.address + PAGE * some) == expected[some]).all()
     counts = []
     read_words = pagemap._read_words
 
-    def counted(file: int, first: int, count: int) -> pagemap.Entries:
-        counts.append(count)
-        return read_words(file, first, count)
+    def counted(file: int, first: int, words: pagemap.Entries) -> int:
+        counts.append(len(words))
+        return read_words(file, first, words)
 
-    monkeypatch.setattr(pagemap, "_BATCH_SHIFT", 2)
+    monkeypatch.setattr(pagemap, "_BATCH_PAGES", 4)
     monkeypatch.setattr(pagemap, "_read_words", counted)
     assert (memory.entries() == expected).all()
     assert counts == [4] * 16
@@ -319,10 +330,11 @@ def test_entries_of_a_process_that_is_gone() -> None:
 
 def test_an_error_is_not_taken_for_the_end_of_a_process(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = memory_of(stack, 2)
-    beyond = np.array([memory.address, 1 << 60], dtype=np.int64)
-    with pytest.raises(OSError, match="no process has memory") as caught:
-        memory.pagemap.entries(beyond)
-    assert caught.value.errno == errno.EFAULT
+    last = (1 << 47) - 2 * PAGE  # of the address space of a process
+    for beyond in ([memory.address, 1 << 60], [last, last + PAGE]):
+        with pytest.raises(OSError, match="no process has memory") as caught:
+            memory.pagemap.entries(np.array(beyond, dtype=np.int64))
+        assert caught.value.errno == errno.EFAULT
 
     def fails(*_: object) -> int:
         raise OSError(errno.ENOMEM, "no memory")

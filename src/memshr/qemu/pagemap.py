@@ -41,8 +41,8 @@ _HUGE_ZERO_PAGE: Final = _THP | _ZERO_PAGE
 
 _GAP_PAGES: Final = 2048
 """Pages that are nearer than this are read in one go: 16 KiB of pagemap cost less than another system call."""
-_BATCH_SHIFT: Final = 20
-"""So many pages (a power of two) are read at once at most, 8 MiB of pagemap: RAM may be terabytes."""
+_BATCH_PAGES: Final = 1 << 20
+"""So many pages are read at once at most, 8 MiB of pagemap: RAM may be terabytes."""
 _GAP_FRAMES: Final = 4
 """An entry of kpageflags takes the kernel a fifth of the time of a system call, unlike one of pagemap."""
 _SMAPS_LINE_BYTES: Final = 8192
@@ -89,17 +89,29 @@ class Pagemap:
 
     def _ascending(self, pages: NDArray[np.int64]) -> Entries:
         found = np.empty(len(pages), dtype=np.uint64)
-        far = (np.diff(pages) > _GAP_PAGES) | (np.diff(pages >> _BATCH_SHIFT) != 0)
-        edges = [0, *(np.flatnonzero(far) + 1).tolist(), len(pages)]
-        for start, end in itertools.pairwise(edges):
-            first, count = int(pages[start]), int(pages[end - 1] - pages[start]) + 1
-            words = _read_words(self._file, first, count)
-            if len(words) < count:
-                if not len(_read_words(self._file, 0, 1)):
-                    raise NoSuchDomainError("QEMU has ended")
-                raise OSError(errno.EFAULT, f"no process has memory at page {first + len(words):#x}")
-            found[start:end] = words[pages[start:end] - first]
+        (far,) = np.nonzero(np.diff(pages) > _GAP_PAGES)
+        for start, end in itertools.pairwise([0, *(far + 1).tolist(), len(pages)]):
+            self._fill(pages[start:end], found[start:end])
         return found
+
+    def _fill(self, pages: NDArray[np.int64], found: Entries) -> None:
+        # The entries of ascending pages with no large gaps between them.
+        start = 0
+        while start < len(pages):
+            first = int(pages[start])
+            end = int(np.searchsorted(pages, first + _BATCH_PAGES))
+            count = int(pages[end - 1]) - first + 1
+            # Memory that is new to us costs more than reading into it: pages without gaps are read into their place.
+            gaps = count > end - start
+            words = np.empty(count, dtype=np.uint64) if gaps else found[start:end]
+            got = _read_words(self._file, first, words)
+            if got < count:
+                if not os.pread(self._file, 8, 0):
+                    raise NoSuchDomainError("QEMU has ended")
+                raise OSError(errno.EFAULT, f"no process has memory at page {first + got:#x}")
+            if gaps:
+                found[start:end] = words[pages[start:end] - first]
+            start = end
 
     def zero_pages(self, entries: Entries) -> NDArray[np.bool_]:
         """Which of these entries are the kernel's own zero page (of either size), which costs nothing.
@@ -137,13 +149,16 @@ class Pagemap:
         flags = np.zeros(len(frames), dtype=np.uint64)
         if self._kpageflags is None or not len(frames):
             return flags
-        edges = [0, *(np.flatnonzero(np.diff(frames) > _GAP_FRAMES) + 1).tolist(), len(frames)]
-        for start, end in itertools.pairwise(edges):
+        (far,) = np.nonzero(np.diff(frames) > np.uint64(_GAP_FRAMES))
+        for start, end in itertools.pairwise([0, *(far + 1).tolist(), len(frames)]):
             first = int(frames[start])
-            words = _read_words(self._kpageflags, first, int(frames[end - 1]) - first + 1)
-            places = frames[start:end] - frames[start]
-            known = places < len(words)  # memory of devices may lie beyond what there are flags of
-            flags[start:end][known] = words[places[known]]
+            # Short where there is memory of devices: it may lie beyond what there are flags of.
+            if end == start + 1:
+                flags[start] = int.from_bytes(os.pread(self._kpageflags, 8, first * 8), "little")
+                continue
+            words = np.zeros(int(frames[end - 1]) - first + 1, dtype=np.uint64)
+            _read_words(self._kpageflags, first, words)
+            flags[start:end] = words[frames[start:end] - frames[start]]
         return flags
 
     def _find_zero_frame(self) -> np.uint64:
@@ -156,9 +171,10 @@ class Pagemap:
             page = array.ctypes.data >> PAGE_SHIFT
             del array
             with Path("/proc/self/pagemap").open("rb", buffering=0) as own:
-                frames = _read_words(own.fileno(), page, 1) & _FRAME
-        found = len(frames) == 1 and (self._flags(frames)[0] & _HUGE_ZERO_PAGE) == _ZERO_PAGE
-        return np.uint64(frames[0] if found else 0)
+                frames = np.zeros(1, dtype=np.uint64)
+                _read_words(own.fileno(), page, frames)
+        frames &= _FRAME
+        return np.uint64(frames[0] if (self._flags(frames)[0] & _HUGE_ZERO_PAGE) == _ZERO_PAGE else 0)
 
     def close(self) -> None:
         """Close the files."""
@@ -167,16 +183,16 @@ class Pagemap:
             os.close(self._kpageflags)
 
 
-def _read_words(file: int, first: int, count: int) -> NDArray[np.uint64]:
-    # ``count`` numbers of 64 bits from number ``first`` on; fewer if there are no more.
-    words = np.empty(count, dtype=np.uint64)
+def _read_words(file: int, first: int, words: NDArray[np.uint64]) -> int:
+    # Fill ``words`` with what is in a file of 64-bit numbers from number ``first`` on; how many there were.
+    out = words.view(np.uint8).data
     got = 0
-    while got < words.nbytes:
-        read = os.preadv(file, [words.view(np.uint8)[got:].data], first * 8 + got)
+    while got < len(out):
+        read = os.preadv(file, [out[got:]], first * 8 + got)
         if not read:
             break
         got += read
-    return words[: got // 8]
+    return got // 8
 
 
 def is_there(entries: Entries) -> NDArray[np.bool_]:
