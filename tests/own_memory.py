@@ -241,19 +241,37 @@ class WriteProtection:
         os.close(self.uffd)
 
 
+# Arguments: pairs of a file and what to write into it.
+_RESTORE: Final = """
+trap '' INT TERM HUP
+read -r _
+while [ $# -gt 0 ]; do
+    echo "$2" >"$1"
+    shift 2
+done
+"""
+
+
 @contextmanager
-def _settings(values: dict[Path, str], restore_first: Path | None = None) -> Iterator[None]:
-    """Write files of sysfs; their former contents are written back, ``restore_first`` first."""
-    before: dict[Path, str] = {}
-    try:
-        for path, value in values.items():
-            if path.exists():  # older kernels have fewer
-                before[path] = path.read_text().strip()
-                path.write_text(value)
-        yield
-    finally:
-        for path in sorted(before, key=lambda path: path != restore_first):
-            path.write_text(before[path])
+def _settings(values: dict[Path, str], *, lock: int | None = None) -> Iterator[None]:
+    """Write files of sysfs, in this order; their former contents are written back, the last first.
+
+    A small process of its own does that, at the end of a pipe: also if this one is killed meanwhile. It holds ``lock``
+    until then.
+    """
+    known = [path for path in values if path.exists()]  # older kernels have fewer
+    undo = [word for path in reversed(known) for word in (str(path), path.read_text().strip())]
+    command = ["sh", "-c", _RESTORE, "restore", *undo]
+    kept = () if lock is None else (lock,)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=kept, start_new_session=True) as restorer:
+        assert restorer.stdin is not None
+        try:
+            for path in known:
+                path.write_text(values[path])
+            yield
+        finally:
+            restorer.stdin.close()
+            restorer.wait()
 
 
 @contextmanager
@@ -271,7 +289,7 @@ def ksm_at_work(*, zero_pages: bool = False, run: bool = True) -> Iterator[Path]
     lock = os.open(KSM, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with _settings({KSM / name: value for name, value in values.items()}, restore_first=switch):
+        with _settings({KSM / name: value for name, value in values.items()}, lock=lock):
             yield switch
     finally:
         os.close(lock)
