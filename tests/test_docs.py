@@ -117,3 +117,13 @@ def test_every_sharing_call_by_hand_is_explained() -> None:
 
 def test_the_document_lists_every_difference_of_replay() -> None:
     assert set(re.findall(r"^\| `([a-z-]+)` \|", INTERFACE.read_text(), re.M)) == set(DIFFERENCES)
+
+
+def test_every_actor_of_the_table_has_its_test() -> None:
+    table = (PROJECT / "docs" / "nominations.md").read_text()
+    tests = re.findall(r"^def (test_\w+)", (PROJECT / "tests" / "live" / "test_kernel_actors.py").read_text(), re.M)
+    named = set(re.findall(r"`(test_\w+)`", table))
+    assert set(tests) <= named
+    for name in named - set(tests):  # named with their file
+        (file,) = re.findall(rf"`(tests/[\w/]+\.py)`: `{name}`", table)
+        assert f"def {name}(" in (PROJECT / file).read_text()

@@ -66,3 +66,14 @@ def test_a_guest_that_cannot_be_reached_is_left_out_of_all(qemu: Path) -> None:
         assert [str(guests[1].qmp_path) in notice for notice in notices] == [True]
         with pytest.raises(ConnectionLostError, match="busy"):
             estimate([f"qemu:{guests[1].pid}"], interval_s=0)
+
+
+def test_memory_that_was_only_read_saves_nothing(qemu: Path) -> None:
+    with booted(qemu, "reader") as (guest,):
+        before = estimate([f"qemu:{guest.pid}"], interval_s=0)
+        # A read of untouched memory maps the kernel's zero page: where huge pages are allowed, the huge one.
+        for gpa in range(16 << 20, 48 << 20, 2 << 20):
+            assert guest.read(gpa, 1) == b"\0"
+        after = estimate([f"qemu:{guest.pid}"], interval_s=0)
+    assert after.absent_pages == before.absent_pages > (32 << 20) // 4096
+    assert (after.zero_pages, after.saved_pages) == (before.zero_pages, before.saved_pages)
