@@ -226,7 +226,8 @@ class FakeQemu:
         if not program.exists():
             shutil.copy(Path(sys.executable).resolve(), program)
         # The program looks for its library where it is, unless it is told.
-        environment = os.environ | {"PYTHONHOME": sys.base_prefix}
+        here = os.pathsep.join(map(os.fspath, (Path(__file__).parents[1], Path(__file__).parents[2] / "src")))
+        environment = os.environ | {"PYTHONHOME": sys.base_prefix, "PYTHONPATH": here}
         named = socket_path or self.socket_path
         arguments = ["-m", "guests.fake_qmp", os.fspath(self.socket_path), mode, "-name", mode]
         self._process = subprocess.Popen(

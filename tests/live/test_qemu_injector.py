@@ -41,6 +41,13 @@ def installed(guest: QtestGuest, monitor: Monitor, injector: Injector) -> contro
     return control
 
 
+def found(guest: QtestGuest) -> control_area.ControlArea:
+    """The control area that is in a QEMU, opened anew: a session closes the one that it was given."""
+    control = control_area.ControlArea.find(guest.pid)
+    assert control is not None
+    return control
+
+
 def killed_while_attaching(guest: QtestGuest, delay_s: float) -> bool:
     """Start the injector and kill it ``delay_s`` after it has prepared everything; returns whether it was in time."""
     control = control_area.ControlArea.create()
@@ -134,15 +141,17 @@ def test_agent_runs_tables_until_the_first_surprise(qemu: Path) -> None:
 def test_an_offer_of_a_memshr_that_died_before_it_woke_the_agent_is_passed_over(qemu: Path) -> None:
     with booted(qemu, "offer") as (guest,), process_of(guest).monitor() as monitor:
         injector = Injector()
-        control = installed(guest, monitor, injector)
+        installed(guest, monitor, injector).close()
         injector.close()
-        thread = control.thread(guest.pid)
+        thread = found(guest).thread(guest.pid)
         wait_until(lambda: "futex" in Path(f"/proc/{thread}/wchan").read_text(), 10, "the agent sleeps")
         pidfd = os.pidfd_open(guest.pid)
         for number in (0, 999):  # some other file of QEMU; none
+            control = found(guest)
             control.put(control_area.OFFER_AT, "<i", number)
             with agent.Session.open(guest.pid, pidfd, "offer", control, monitor) as session:
                 assert session.call(39) == guest.pid
+        control = found(guest)
         control.put(control_area.OFFER_AT, "<i", 0)
         wait_until(lambda: not agent.is_in_session(guest.pid), 10, "the agent sleeps again")
         os.close(pidfd)

@@ -336,7 +336,7 @@ def test_drain_that_may_do_nothing(tmp_path: Path, major: int, minor: int, mode:
         asked(tmp_path, replies, transaction=returning({})) as (monitor, server),
         pytest.raises(UnsupportedError, match=words),
     ):
-        monitor.drain(5)
+        monitor.require_drain()
     assert "transaction" not in server.commands
 
 

@@ -343,8 +343,9 @@ class Attachment:
         """Contents of consecutive pages. Pages that were never touched are not touched by this."""
         rows = np.arange(first, first + len(out))
         found = self.entries(rows)
-        # In a pool's mapping a page that is not there reads as its frame; in anonymous memory it is zeros.
-        absent = ~pagemap.is_there(found) & ~self.in_pool[rows]
+        # In a pool's mapping a page that is not there reads as its frame; in anonymous memory it is zeros. So is the
+        # kernel's zero page, which a large guest that was looked at before may have for all that it never touched.
+        absent = (~pagemap.is_there(found) | self.zero_pages(found)) & ~self.in_pool[rows]
         edges = [0, *(np.flatnonzero(np.diff(absent)) + 1).tolist(), len(out)]
         for start, end in itertools.pairwise(edges):
             if absent[start]:

@@ -314,19 +314,3 @@ def host_available_bytes() -> int:
 def map_count_limit() -> int:
     """How many mappings a process may have (``vm.max_map_count``)."""
     return int(Path("/proc/sys/vm/max_map_count").read_text())
-
-
-def ksm_pages(pid: int) -> int:
-    """How many pages of a process KSM has merged (``/proc/PID/ksm_stat``); 0 where the kernel has none."""
-    try:
-        for line in Path(f"/proc/{pid}/ksm_stat").read_text().splitlines():
-            if line.startswith("ksm_merging_pages"):
-                return int(line.split()[1])
-    except FileNotFoundError:
-        pass
-    return 0
-
-
-def is_protected(entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which pages are write-protected through userfaultfd."""
-    return np.asarray((entries & np.uint64(1 << 57)) != 0)
