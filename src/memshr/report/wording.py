@@ -9,6 +9,8 @@ from memshr.types import PAGE_SIZE
 
 def printable(name: str) -> str:
     """A name as a page can show it: bytes that are no text, and control characters, as escapes."""
+    if name.isprintable():
+        return name
     text = name.encode("utf-8", "backslashreplace").decode()
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
