@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from memshr.qemu.guests import GuestProcess
     from memshr.qemu.hypervisor import QemuHypervisor
     from memshr.xen import XenHypervisor
+
+_log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded:"
 EVERY_GUEST = "qemu:all"
@@ -53,6 +56,7 @@ def open_images(paths: Sequence[str], *, format: str | None = None) -> Iterator[
         _refuse_twice(images)
         for name, image in zip(_names([image.path for image in images]), images, strict=True):
             domid = hypervisor.create_domain(name, extents=image.extents)
+            _log.info("domain %d is image %s, format %s", domid, image.path, image.format)
             hypervisor.control(domid, True)
         yield hypervisor
 
@@ -148,6 +152,8 @@ def open_guests(
     else:
         members = groups({DomId(number): process.name for number, process in enumerate(processes, 1)})
     reserve = DEFAULT_RESERVE_BYTES if reserve_bytes is None else reserve_bytes
+    for process in processes:
+        _log.info("guest %s is process %d", process.name, process.pid)
     with QemuHypervisor(processes, groups=members, reserve_bytes=reserve) as hypervisor:
         yield hypervisor
 
@@ -161,6 +167,8 @@ def open_xen() -> Iterator[XenHypervisor]:
     from memshr.xen import open_host as open_xen_host  # noqa: PLC0415  # loads Xen's libraries
 
     with open_xen_host() as hypervisor:
+        facts = hypervisor.facts
+        _log.info("Xen %s through %s, memory sharing: %s", facts.version, facts.library, facts.sharing)
         yield hypervisor
 
 
@@ -199,6 +207,7 @@ def open_sources(
         _refuse_twice(list(images.values()))
         for name, image in zip(_names([image.path for image in images.values()]), images.values(), strict=True):
             image.name = name
+            _log.info("image %s, format %s", image.path, image.format)
         pids = [source for source in sources if _prefix(source) == "pid"]
         if twice := [source for source in pids if pids.count(source) > 1]:
             raise MemshrError(f"{twice[0]} is named twice", remedy="name each process once")
@@ -209,6 +218,7 @@ def open_sources(
             match _prefix(source):
                 case "pid":
                     process = stack.enter_context(ProcessSource(_pid_of(source)))
+                    _log.info("process %s", source)
                     opened.append([Subject(process, "process", huge_pages_known=process.huge_pages_known)])
                 case "qemu":
                     opened.append(guests.pop(source, []))
@@ -264,6 +274,7 @@ def _reachable(processes: Sequence[GuestProcess], notice: Callable[[str], None])
     if errors and not reachable:
         raise errors[0]
     for each in errors:
+        _log.warning("left out: %s", each)
         notice(printable(f"left out: {each}"))
     return reachable
 

@@ -18,6 +18,7 @@ naming a domain first enables sharing on it, and ``range_share`` stops being ato
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol, runtime_checkable
 
@@ -61,6 +62,11 @@ class Capability(enum.StrEnum):
     FRAMES = "frames"
     """frames_of: which pages are together on one frame already, so that nobody need look at them again."""
 
+
+# Whoever imports memshr decides what becomes of its records (``logging``); without this, Python would print warnings.
+# Here and not in the package: every module that records anything comes with this one, and the injector (memshr.qemu),
+# which records nothing, starts without logging, a fifth of its time.
+logging.getLogger("memshr").addHandler(logging.NullHandler())
 
 NOT_BACKED: Final = -2
 """What frames_of says of a page on which the host spends no memory."""

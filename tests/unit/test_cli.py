@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from command_line import CommandLine
 from memshr.embedded import EmbeddedHypervisor
+from memshr.errors import InvariantError
 from memshr.images import open_image
 from memshr.types import DomId, Gfn, PageBytes
 from memshr.xen import XenHypervisor
@@ -220,6 +222,77 @@ def test_internal_error_is_one_line_too(
     outcome = memshr("estimate", images[0])
     assert outcome.code == 1
     assert outcome.err == "memshr: internal error, please report it: ZeroDivisionError: a bug of two lines\n"
+
+
+def contradiction(*_arguments: object, **_options: object) -> None:
+    """A defect of ours: the books contradict themselves."""
+    logging.getLogger("memshr.test").debug("what led to it, of guest %s", "a\nb")
+    raise InvariantError("frame 7 has no gfn")
+
+
+def test_invariant_error_says_where_the_record_is(
+    memshr: CommandLine, images: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memshr.cli.estimate.estimate_sources", contradiction)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    outcome = memshr("estimate", images[0])
+    assert (outcome.code, outcome.out) == (1, "")
+    (path,) = tmp_path.glob("memshr-record-*")
+    assert outcome.err == f"memshr: frame 7 has no gfn; what led to it is in {path}\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    heading, led, defect = path.read_text().splitlines()
+    assert heading.endswith(f"memshr estimate {images[0]}")
+    assert led.endswith("what led to it, of guest a\\nb")
+    assert " CRITICAL memshr.cli.main " in defect
+    assert defect.endswith("InvariantError: frame 7 has no gfn")
+
+
+def test_invariant_error_with_a_log_names_it(
+    memshr: CommandLine, images: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memshr.cli.estimate.estimate_sources", contradiction)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    log = tmp_path / "log"
+    outcome = memshr("--log", log, "estimate", images[0])
+    assert outcome.code == 1
+    assert outcome.err == f"memshr: frame 7 has no gfn; what led to it is at the end of {log}\n"
+    assert not list(tmp_path.glob("memshr-record-*"))
+    _heading, led, defect, end = log.read_text().splitlines()
+    assert led.endswith("what led to it, of guest a\\nb")
+    assert defect.endswith("InvariantError: frame 7 has no gfn")
+    assert end.endswith("exit code 1")
+
+
+def test_log_tells_of_a_session_and_of_an_error(memshr: CommandLine, images: tuple[Path, Path], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert memshr("--log", log, "share", *images, "--group", "web=a.raw,b.raw").err == ""
+    text = log.read_text()
+    for words in (
+        f"memshr.backends {os.getpid()} domain 1 is image {images[0]}, format raw",
+        "group web: 2 domains",
+        "group web: scan, 13 pages",
+        "group web: share, 8 pages",
+        "group web: done",
+        "exit code 0",
+    ):
+        assert f"{words}\n" in text
+    assert memshr("--log", log, "share", tmp_path / "nonsuch").code == 2
+    assert f"ERROR memshr.cli.main {os.getpid()} {tmp_path / 'nonsuch'}: " in log.read_text().removeprefix(text)
+
+
+def test_verbose_tells_of_a_session(memshr: CommandLine, images: tuple[Path, Path]) -> None:
+    outcome = memshr("-v", "share", *images, "--json")
+    assert json.loads(outcome.out)["total_pages"] == 13
+    assert " INFO memshr.sharing.session " in outcome.err
+    assert memshr("share", *images).err == ""
+
+
+def test_log_that_cannot_be_written_is_one_line_and_nothing_is_done(
+    memshr: CommandLine, images: tuple[Path, Path], tmp_path: Path
+) -> None:
+    outcome = memshr("--log", tmp_path, "share", *images)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == f"memshr: {tmp_path} is a directory; name a file of your own, or a new one, for --log\n"
 
 
 def test_reader_that_has_seen_enough_is_no_error(images: tuple[Path, Path]) -> None:

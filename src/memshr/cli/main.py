@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -12,8 +13,11 @@ from typing import NoReturn
 
 import click
 
-from memshr.errors import MemshrError
+from memshr.errors import InvariantError, MemshrError
+from memshr.record import Record
 from memshr.report.wording import printable
+
+_log = logging.getLogger(__name__)
 
 EPILOG = """\b
 Examples:
@@ -78,7 +82,14 @@ class Commands(click.Group):
     cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.version_option(package_name="memshr", message="memshr %(version)s")
-def commands() -> None:
+@click.option(
+    "--log", "log_file", metavar="FILE", help="Append a record of all that is done to this file; it is made if missing."
+)
+@click.option(
+    "-v", "--verbose", count=True, help="Say on standard error what is done; -vv: also each step, for a bug report."
+)
+@click.pass_obj
+def commands(record: Record, log_file: str | None, verbose: int) -> None:
     """Share identical memory pages between virtual machines, and prove that it was done safely.
 
     memshr finds pages with the same contents, checks them byte for byte under a handle that dies when either is
@@ -90,6 +101,7 @@ def commands() -> None:
     qemu:NAME@SOCKET with their QMP socket; domains of a Xen host are xen:all, xen:DOMID, xen:NAME; both as root. A
     process is pid:N.
     """
+    record.enable(log_file, verbose)
 
 
 def _on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -97,20 +109,53 @@ def _on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
+def _open_standard_streams() -> None:
+    # Where the shell has closed one (2>&-), the next file that is opened would get its number, and everything that is
+    # written to standard error: a log, or an image.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  # open until the end
+
+
 def main() -> NoReturn:
     """Run the command line. An error is one line on standard error; its class decides the exit code."""
+    _open_standard_streams()
     signal.signal(signal.SIGTERM, _on_terminate)
+    record = Record()
     try:
-        sys.exit(commands.main(standalone_mode=False) or 0)
+        _run(record)
+    except SystemExit as end:
+        _log.info("exit code %s", end.code)
+        raise
+    finally:
+        record.close()
+
+
+def _run(record: Record) -> NoReturn:
+    try:
+        try:
+            code = commands.main(standalone_mode=False, obj=record) or 0
+        finally:
+            record.flush()  # what -v shows comes before the error that it led to
+        sys.exit(code)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
+        _log.warning("interrupted")
         print("memshr: interrupted", file=sys.stderr)
         sys.exit(130)
+    except InvariantError as error:
+        _log.critical("a defect of memshr", exc_info=error)
+        print(f"memshr: {printable(f'{error}; {record.kept_where()}')}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except MemshrError as error:
+        _log.error("%s", error)
         print(f"memshr: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
@@ -118,6 +163,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:  # a defect of ours: whoever runs us gets a line to report, and no traceback
+        _log.critical("an internal error", exc_info=error)
         if os.environ.get("MEMSHR_DEBUG"):
             raise
         text = " ".join(str(error).split())

@@ -19,15 +19,20 @@ Made from the help texts of the commands by `make docs`; a test fails when it is
 
 def command_reference() -> str:
     """The text of docs/commands.md."""
-    parts = [_HEAD, *_texts(commands)]
+    usage, options = _usage_and_options("memshr", commands)
+    parts = [_HEAD, usage, *_texts(commands), *options]
     for name, command in commands.each():
-        with click.Context(command, info_name=f"memshr {name}") as context:
-            usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-            options = [each.get_help_record(context) for each in command.params if isinstance(each, click.Option)]
-        parts += [f"\n## memshr {name}\n", f"```text\n{usage}\n```\n", *_texts(command)]
-        if rows := [_row(*option) for option in options if option is not None]:
-            parts += ["| option | |", "|---|---|", *rows, ""]
+        usage, options = _usage_and_options(f"memshr {name}", command)
+        parts += [f"\n## memshr {name}\n", usage, *_texts(command), *options]
     return "\n".join(parts)
+
+
+def _usage_and_options(name: str, command: click.Command) -> tuple[str, list[str]]:
+    with click.Context(command, info_name=name) as context:
+        usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+        options = [each.get_help_record(context) for each in command.params if isinstance(each, click.Option)]
+    rows = [_row(*option) for option in options if option is not None]
+    return f"```text\n{usage}\n```\n", ["| option | |", "|---|---|", *rows, ""] if rows else []
 
 
 def _texts(command: click.Command) -> list[str]:

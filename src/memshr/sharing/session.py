@@ -21,6 +21,7 @@ none is found, the growth of used_frames tells how many of a batch were new.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -52,6 +53,8 @@ from memshr.types import (
 )
 
 Mask = NDArray[np.bool_]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +130,12 @@ def share(
     figures: list[GroupFigures] = []
     stopped: str | None = None
     for group in groups:
+        _log.info("group %s: %d domains", group.name, len(group.domids))
         with fingerprinting(group.seed) as fingerprint_pages:
             session = _GroupSession(hypervisor, group, options, fingerprint_pages, wait, clock, progress, stopped)
             figures.append(session.run())
         stopped = session.stopped
+        _log.info("group %s: done%s", group.name, "" if stopped is None else f", stopped: {stopped}")
     return sharing_report(figures, hypervisor.audit(), stopped)
 
 
@@ -333,6 +338,7 @@ class _GroupSession:
 
     def _advancing(self, phase: str, total_pages: int) -> Callable[[int], None]:
         done_pages = 0
+        _log.info("group %s: %s, %d pages", self._group.name, phase, total_pages)
 
         def advance(pages: int) -> None:
             nonlocal done_pages

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -45,6 +46,8 @@ from memshr.xen.groups import Groups, Page
 from memshr.xen.libxc import RELEASES, DominfFlag
 from memshr.xen.mappings import BATCH_PAGES, NEAR_PAGES, Mappings
 from memshr.xen.names import Names
+
+_log = logging.getLogger(__name__)
 
 _SPREAD = 4
 _DOMAINS_AT_ONCE = 256
@@ -628,6 +631,7 @@ class XenHypervisor:
                 handles[row] = handle.value
             else:
                 statuses[row] = self._status("nominate_gfn")
+        self._tell("nominate_gfns", statuses)
         return handles, statuses
 
     def share_gfns_many(
@@ -640,12 +644,18 @@ class XenHypervisor:
             *(clients.domids.tolist(), clients.gfns.tolist(), client_handles.tolist()),
             strict=True,
         )
-        return np.fromiter((self._share(*row) for row in rows), np.int32, len(sources))
+        statuses = np.fromiter((self._share(*row) for row in rows), np.int32, len(sources))
+        self._tell("share_gfns_many", statuses)
+        return statuses
 
     def unshare_gfns(self, pages: PageArray) -> Statuses:
         """See the seam. Cost: one writable mapping for BATCH_PAGES pages of one domain."""
         self._need_sharing("unshare_gfns")
-        return self._by_domain(pages, "unshare_gfn", lambda domid, rows: self._mappings.touch(domid, pages.gfns[rows]))
+        statuses = self._by_domain(
+            pages, "unshare_gfn", lambda domid, rows: self._mappings.touch(domid, pages.gfns[rows])
+        )
+        self._tell("unshare_gfns", statuses)
+        return statuses
 
     def release_zero_pages(self, pages: PageArray, handles: Handles) -> Statuses:
         """See the seam: Xen has no such call. :raises UnsupportedError: always."""
@@ -745,6 +755,12 @@ class XenHypervisor:
         self._enabled.add(domid)
         return Status.OK
 
+    @staticmethod
+    def _tell(call: str, statuses: Statuses) -> None:
+        # A line for many pages, not for each: a record costs as much as some hypercalls.
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: %d pages, %d refused", call, len(statuses), int(np.count_nonzero(statuses)))
+
     def _status(self, call: str) -> int:
         # The status of the call that just failed.
         number = ctypes.get_errno()
@@ -759,6 +775,7 @@ class XenHypervisor:
 
     def _error(self, call: str, status: int, domid: int, gfn: int | None = None) -> errors.MemshrError:
         # What a status means, after looking at what the status alone does not tell.
+        _log.debug("%s: status %d, domain %d, gfn %s", call, int(status), domid, gfn)
         info = self._known(domid) if status in (Status.EINVAL, Status.EOPNOTSUPP) else None
         if info is not None and info.dying and status == Status.EINVAL:
             return self._dying(call, domid)
