@@ -14,7 +14,7 @@ class CommandFailedError(Exception):
 
 
 def start(*arguments: str) -> "subprocess.Popen[str]":
-    """Begin a command."""
+    """Begin a command. What it prints goes into pipes: read them, or let it print little."""
     return subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-m", "memshr", *arguments],
         stdout=subprocess.PIPE,
