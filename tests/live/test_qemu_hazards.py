@@ -716,6 +716,7 @@ def test_frame_that_a_dead_memshr_is_about_to_map_is_kept(qtest_pair: tuple[Qtes
     with QtestHost(qtest_pair[1:], groups={"all": [FIRST]}) as part:
         part.hypervisor.unshare_guest(FIRST)
         assert part.hypervisor.punch_unread() == 0
+        assert [pool.backed_bytes for pool in part.hypervisor.pool_figures()] == [PAGE_SIZE]
     gate.open()
     wait_until(lambda: not is_in_session(qtest_pair[0].pid), 10, "the table is done")
     assert qtest_pair[0].read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(1)
