@@ -38,7 +38,8 @@ def test_the_whole_story(guest_pair: Pair, sources: list[str]) -> None:
     assert report["audit_findings"] == []
     assert 0.5 * expected["saved_pages"] < report["saved_pages"] < 1.2 * expected["saved_pages"]
     assert report["host"]["counted_bytes"] == report["saved_pages"] * 4096
-    status = {each["name"]: each for each in memshr("status") if each["name"] in names}
+    status = {each["name"]: each for each in memshr("status", *sources)}
+    assert status.keys() == names
     assert {each["sharing_pages"] > 1000 for each in status.values()} == {True}
     assert memshr("audit", *sources)["findings"] == []
 
