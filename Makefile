@@ -31,7 +31,8 @@ fuzz: .venv/fuzz-ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	@touch $@
 
-# The long form of the kill test: make soak KILLS=100 for a shorter one.
+# The long form of the kill tests: make soak KILLS=100 for a shorter one. Three of four kills are of a worker that does
+# nothing but share and unshare, one is of a command that people run. KSM is switched on for a while, and put back.
 KILLS ?= 1000
 soak: setup
 	@PYTHONPATH=tests $(BIN)/python -m live.kill_campaign $(KILLS)

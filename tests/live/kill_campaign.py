@@ -1,6 +1,9 @@
 """A campaign of kills: memshr dies at random instants, again and again, while two guests write into their memory.
 
-``python -m live.kill_campaign COUNT`` prints a line every 50 kills and a summary; the tests do a small campaign.
+What dies here is a worker that does nothing but share and unshare, which costs a third of a second a kill;
+``command_campaign`` kills the commands themselves, which costs some seconds. ``python -m live.kill_campaign COUNT``
+does both: of four kills three are of workers and one is of a command. It prints a line every 50 kills and a summary of
+each part; the tests do a small campaign.
 """
 
 import os
@@ -12,11 +15,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import numpy as np
 
-from guests.kit import MissingPartError, find_qemu, need_root
+from guests.kit import MissingPartError, linux_kit, need_root
 from guests.qtest import QtestGuest
+from live.command_campaign import Outcome as CommandOutcome
+from live.command_campaign import command_campaign
 from live.qemu_host import FIRST_GFN, QtestHost, booted
 from memshr.types import PAGE_SIZE
 
@@ -51,7 +58,7 @@ class Outcome:
         self.first_trouble = self.first_trouble or f"after kill {self.kills}: {trouble}"
 
     def __str__(self) -> str:
-        text = f"{self.kills} kills: {self.guest_errors} guest errors, {self.clean_audits} audits clean"
+        text = f"{self.kills} kills of workers: {self.guest_errors} guest errors, {self.clean_audits} audits clean"
         return f"{text}; {self.first_trouble}" if self.first_trouble else text
 
 
@@ -128,7 +135,8 @@ def campaign(qemu: Path, kills: int, tell: Callable[[str], None] = lambda _: Non
 
 def _live_and_die(guests: list[QtestGuest], player: Player, seed: int, life_s: float) -> None:
     command = [sys.executable, "-m", "live.sharing_worker", str(seed), str(FIRST_GFN), str(PAGES)]
-    environment = {**os.environ, "PYTHONPATH": os.fspath(TESTS)}
+    path = os.pathsep.join(filter(None, [os.fspath(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(
         [*command, *(str(guest.pid) for guest in guests)], stdout=subprocess.PIPE, env=environment
     ) as worker:
@@ -141,18 +149,42 @@ def _live_and_die(guests: list[QtestGuest], player: Player, seed: int, life_s: f
         worker.send_signal(signal.SIGKILL)
 
 
+def split(kills: int) -> tuple[int, int]:
+    """How many of a campaign's kills are of workers, and how many of commands."""
+    commands = kills // 4
+    return kills - commands, commands
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    # As an exception, so that guests end and their folders are removed.
+    sys.exit(128 + signal.SIGTERM)
+
+
 def main() -> int:
     """Run a campaign; 0 if nothing was found, 1 if something was, 2 if this machine cannot have one."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    workers, commands = split(int(sys.argv[1]))
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
     try:
         need_root("the memory of other processes")
-        qemu = find_qemu()
+        kit = linux_kit()
+        parts: list[Callable[[], Outcome | CommandOutcome]] = [
+            lambda: campaign(kit.qemu, workers, tell),
+            lambda: command_campaign(kit, commands, tell),
+        ]
+        good = True
+        for part in parts:
+            begin = time.monotonic()
+            outcome = part()
+            good &= outcome.good
+            tell(f"{'nothing found' if outcome.good else 'FAILED'} in {time.monotonic() - begin:.0f} s; {outcome}")
     except MissingPartError as missing:
         print(f"soak: {missing}", file=sys.stderr)
         return 2
-    begin = time.monotonic()
-    outcome = campaign(qemu, int(sys.argv[1]), lambda line: print(line, flush=True))
-    print(f"{'nothing found' if outcome.good else 'FAILED'} in {time.monotonic() - begin:.0f} s; {outcome}")
-    return 0 if outcome.good else 1
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from live.parts import needed_parts
 from memshr.errors import ConnectionLostError
 from memshr.qemu.guests import inspect_process
 
-NAMES = ("libvirt one", "libvirt-2")
+OURS = os.getpid()
+"""in the names of guests: nobody else's guest is called so, also where somebody else runs these tests"""
+NAMES = (f"libvirt one {OURS}", f"libvirt-2-{OURS}")
 """libvirt allows blanks"""
 
 
@@ -145,8 +147,8 @@ def test_remedy_is_one_of_the_description(
 ) -> None:
     """libvirt chooses QEMU's options; its user has a description to change."""
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", libvirt.uri)
-    with LibvirtGuest("libvirt-4", kit, libvirt, more=f"<memoryBacking>{more}</memoryBacking>").boot():
-        (seen,) = json.loads(memshr("status", "--json", "qemu:libvirt-4").out)
+    with LibvirtGuest(f"libvirt-4-{OURS}", kit, libvirt, more=f"<memoryBacking>{more}</memoryBacking>").boot():
+        (seen,) = json.loads(memshr("status", "--json", f"qemu:libvirt-4-{OURS}").out)
         (refusal,) = seen["refusals"]
         assert reason in refusal["reason"]
         assert remedy in refusal["remedy"]
@@ -156,12 +158,12 @@ def test_guest_that_libvirt_ends_while_memshr_is_connected(
     kit: LinuxKit, libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", libvirt.uri)
-    with LibvirtGuest("libvirt-3", kit, libvirt).boot() as guest:
+    with LibvirtGuest(f"libvirt-3-{OURS}", kit, libvirt).boot() as guest:
         process = inspect_process(guest.pid)
         assert process is not None
         with process.monitor() as monitor:
-            assert monitor.execute("query-name") == {"name": "libvirt-3"}
+            assert monitor.execute("query-name") == {"name": guest.name}
             libvirt.virsh("destroy", guest.name)
-            with pytest.raises(ConnectionLostError, match="guest libvirt-3"):
+            with pytest.raises(ConnectionLostError, match=f"guest {guest.name}"):
                 monitor.execute("query-name")
         assert not process.running

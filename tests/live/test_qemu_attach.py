@@ -108,15 +108,16 @@ def test_reasons_that_only_text_can_show() -> None:
 
 
 def test_guests_are_found_by_name_and_pid(qemu: Path) -> None:
-    with booted(qemu, "found-1", "found-2") as guests:
+    first, second = (f"found-{number}-{os.getpid()}" for number in (1, 2))  # nobody else's guest is called so
+    with booted(qemu, first, second) as guests:
         assert {guest.pid for guest in guests} <= {process.pid for process in find_guests()}
-        assert [process.pid for process in select_guests("found-2")] == [guests[1].pid]
-        assert [process.name for process in select_guests(str(guests[0].pid))] == ["found-1"]
-        given = select_guests(f"found-1@{guests[0].qmp_path}")[0]
+        assert [process.pid for process in select_guests(second)] == [guests[1].pid]
+        assert [process.name for process in select_guests(str(guests[0].pid))] == [first]
+        given = select_guests(f"{first}@{guests[0].qmp_path}")[0]
         with given.monitor() as monitor:
-            assert monitor.execute("query-name") == {"name": "found-1"}
-        with pytest.raises(NoSuchDomainError, match="found-1"):
-            select_guests("not-there")
+            assert monitor.execute("query-name") == {"name": first}
+        with pytest.raises(NoSuchDomainError, match=first):
+            select_guests(f"not-{first}")
 
 
 def test_layout_goes_round_the_hole_below_4_gib(qemu: Path) -> None:

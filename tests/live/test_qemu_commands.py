@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from guests.linux import LinuxGuest
+from live.commands import finish, memshr, start
 from live.qemu_host import FIRST_GFN, booted
 from memshr.types import PAGE_SIZE
 
@@ -23,33 +21,6 @@ Pair = tuple[LinuxGuest, LinuxGuest]
 def sources(guest_pair: Pair) -> list[str]:
     """The pair as an operator names it: by pid and QMP socket."""
     return [f"qemu:{guest.pid}" for guest in guest_pair]
-
-
-def start(*arguments: str) -> "subprocess.Popen[str]":
-    """Begin a command."""
-    return subprocess.Popen(
-        [sys.executable, "-X", "faulthandler", "-m", "memshr", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(command: "subprocess.Popen[str]") -> tuple[str, str]:
-    """What a command printed; one that does not end is made to say where it is."""
-    try:
-        return command.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        command.send_signal(signal.SIGABRT)
-        pytest.fail(f"{command.args!r} does not end: {command.communicate()[1]}")
-
-
-def memshr(*arguments: str) -> Any:
-    """What a command prints with --json; it must succeed and say nothing else."""
-    with start(*arguments, "--json") as command:
-        out, err = finish(command)
-    assert (command.returncode, err) == (0, "")
-    return json.loads(out)
 
 
 def test_the_whole_story(guest_pair: Pair, sources: list[str]) -> None:
@@ -67,7 +38,8 @@ def test_the_whole_story(guest_pair: Pair, sources: list[str]) -> None:
     assert report["audit_findings"] == []
     assert 0.5 * expected["saved_pages"] < report["saved_pages"] < 1.2 * expected["saved_pages"]
     assert report["host"]["counted_bytes"] == report["saved_pages"] * 4096
-    status = {each["name"]: each for each in memshr("status") if each["name"] in names}
+    status = {each["name"]: each for each in memshr("status", *sources)}
+    assert status.keys() == names
     assert {each["sharing_pages"] > 1000 for each in status.values()} == {True}
     assert memshr("audit", *sources)["findings"] == []
 

@@ -22,6 +22,7 @@ from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport
 from memshr.sharing.scan import FingerprintPages
 from memshr.sharing.session import Fingerprinting, Progress, SharingOptions, share
 from memshr.types import (
+    HUGE_PAGE_PAGES,
     PAGE_SIZE,
     DomId,
     Extent,
@@ -555,6 +556,28 @@ def test_huge_pages_are_split_only_where_it_pays() -> None:
     assert saved == {0: 9, 2: 9, 3: 6, 513: 2}
     spared = {limit: report.dropped.get("huge_page", 0) for limit, report in outcomes.items()}
     assert spared == {0: 0, 2: 0, 3: 4, 513: 12}
+
+
+def test_pages_on_frames_are_no_reason_to_split_a_huge_page() -> None:
+    """They have their saving already: of each guest's huge page only what a split would gain is counted."""
+
+    class HugeHost(BusyHost):
+        def huge(self, pages: PageArray) -> NDArray[np.bool_]:
+            return np.asarray(pages.gfns < HUGE_PAGE_PAGES)
+
+    host = HugeHost()
+    for number, name in enumerate("AB"):
+        contents = [page(1000 + 2000 * number + gfn) for gfn in range(HUGE_PAGE_PAGES)]
+        contents[1:4] = [page(1)] * 3
+        add_domain(host, name, contents)
+    first = run(host, options=SharingOptions(huge_page_pages=0, threads=1))
+    assert first.saved_pages == 5
+    for domid in (1, 2):
+        host.write(DomId(domid), Gfn(10), page(2))
+    spared = run(host, options=SharingOptions(huge_page_pages=2, threads=1))
+    assert (spared.saved_pages, spared.dropped) == (5, {"huge_page": 2})
+    split = run(host, options=SharingOptions(huge_page_pages=1, threads=1))
+    assert (split.saved_pages, split.dropped) == (6, {})
 
 
 def test_joining_frames_respects_the_limit() -> None:

@@ -697,7 +697,8 @@ class Attachment:
 
         :param anonymous: which pages lie in anonymous memory.
         """
-        table, ends = tables.emptying(self.hvas[pages], anonymous)
+        hvas = self.hvas[pages]
+        table, ends = tables.emptying(hvas, anonymous, self._kept, self.ram.range_of_hvas(hvas))
         done = yield from self._remap(table)
         emptied = int(ends[done - 1]) if done else 0
         self._unregistered[pages[:emptied][~anonymous[:emptied]]] = True

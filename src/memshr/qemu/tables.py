@@ -29,9 +29,9 @@ _ADVICE_GAP_BYTES: Final = 64 * PAGE_SIZE
 """Mappings that are nearer than this get their flags back in one call. It looks at every mapping in between, of which
 there may be ten thousand in a guest: over a gap like this one that costs less than another call."""
 
-FLAGS: Final = ("dd", "dc", "mg", "hg", "nh")
+FLAGS: Final = ("dd", "dc", "mg", "hg", "nh", "nr")
 """the VmFlags of proc(5) that QEMU may have set on guest RAM, and that a new mapping would lose; bit i of
-``Original.flags`` is FLAGS[i]"""
+``Original.flags`` is FLAGS[i]. All but the last are set by madvise; ``nr`` is MAP_NORESERVE."""
 _ADVICE: Final = {
     "dd": syscalls.MADV_DONTDUMP,
     "dc": syscalls.MADV_DONTFORK,
@@ -78,21 +78,25 @@ def mapping_frames(hvas: NDArray[np.int64], frames: NDArray[np.int64], number: i
     return table, ends
 
 
-def emptying(hvas: NDArray[np.int64], anonymous: NDArray[np.bool_]) -> tuple[Table, NDArray[np.int64]]:
+def emptying(
+    hvas: NDArray[np.int64], anonymous: NDArray[np.bool_], kept: Sequence[Kept], ranges: NDArray[np.int64]
+) -> tuple[Table, NDArray[np.int64]]:
     """Give the memory of pages back: they read as zeros afterwards.
 
     :param anonymous: which pages lie in anonymous memory, where the page can just be dropped; the others get a new
         anonymous mapping.
+    :param kept: what each RAM range has; ``ranges``: the RAM range of each page, shape ``(n,)``.
     :returns: as mapping_frames.
     """
-    starts, ends = of_runs((np.diff(hvas) != PAGE_SIZE) | np.diff(anonymous), len(hvas))
+    starts, ends = of_runs((np.diff(hvas) != PAGE_SIZE) | np.diff(anonymous) | (np.diff(ranges) != 0), len(hvas))
     drop = anonymous[starts]
     table = np.zeros((len(starts), 8), dtype=np.uint64)
     table[:, 0] = np.where(drop, syscalls.NR_MADVISE, syscalls.NR_MMAP)
     table[:, 1] = hvas[starts]
     table[:, 2] = (ends - starts) * PAGE_SIZE
     table[:, 3] = np.where(drop, syscalls.MADV_DONTNEED, _BOTH)
-    table[~drop, 4] = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED | syscalls.MAP_NORESERVE
+    reserving = np.array([each.reserving for each in kept], dtype=np.uint64)[ranges[starts]]
+    table[~drop, 4] = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED | reserving[~drop]
     table[~drop, 5] = _NO_FILE
     table[~drop, 7] = hvas[starts[~drop]]
     return table, ends
@@ -141,12 +145,17 @@ class Kept:
     policy: int = _MPOL_DEFAULT
     nodes_address: int = 0
 
+    @property
+    def reserving(self) -> int:
+        """The flag of mmap by which anonymous memory is asked for: whether it counts as promised (overcommit)."""
+        return syscalls.MAP_NORESERVE if self.flags >> FLAGS.index("nr") & 1 else 0
+
     def rows(self, start: int, length_bytes: int, names: Sequence[str] = FLAGS) -> list[list[int]]:
         """The calls that give it to a piece of memory; only those flags that ``names`` has."""
         rows = [
             [syscalls.NR_MADVISE, start, length_bytes, _ADVICE[flag], 0, 0, 0, 0]
             for at, flag in enumerate(FLAGS)
-            if flag in names and self.flags >> at & 1
+            if flag in names and flag in _ADVICE and self.flags >> at & 1
         ]
         if self.policy != _MPOL_DEFAULT:
             nodes = [self.nodes_address, NODE_MASK_BITS + 1]
@@ -228,7 +237,7 @@ def copying(
         at += length
     length = at - side
     all_huge = all(size >= _HUGE_BYTES for _, size in runs)
-    flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED_NOREPLACE | syscalls.MAP_NORESERVE
+    flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED_NOREPLACE | kept[0].reserving
     table = [[syscalls.NR_MMAP, side, length, _BOTH, flags, 2**64 - 1, 0, side]]
     # Small pieces must not become huge pages while they are built: most of one would be thrown away again.
     before = FLAGS if all_huge else _FRAME_FLAGS

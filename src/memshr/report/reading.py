@@ -80,8 +80,8 @@ class Readers:
             run()
             return
         with ThreadPoolExecutor(self._threads, "estimate") as pool:
-            running = [pool.submit(run) for _ in range(self._threads)]
             try:
+                running = [pool.submit(run) for _ in range(self._threads)]
                 for each in running:
                     each.result()
             except BaseException:
