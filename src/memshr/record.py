@@ -224,12 +224,7 @@ class _ErrorOutlet:
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def write(self, line: str) -> None:
-        if not self._terminal:
-            _print_error(self._stream, line)
-            return
-        with contextlib.suppress(OSError, ValueError):  # as in _print_error
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
+        _print_error(sys.stderr if self._terminal else self._stream, line)
 
     def close(self) -> None:
         pass
@@ -237,16 +232,10 @@ class _ErrorOutlet:
 
 def _print_error(stream: TextIO | None, line: str) -> None:
     # A line on standard error; lost if that is closed (ValueError, or None from the start) or cannot be written.
-    if stream is None:
-        return
-    with contextlib.suppress(OSError, ValueError):
-        try:
-            descriptor = stream.fileno()
-        except (OSError, ValueError):  # something that plays standard error
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):
             stream.write(f"{line}\n")
-            return
-        # Not through the stream: it would keep what it could not write, and Python would exit with 120 for that.
-        os.write(descriptor, f"{line}\n".encode())
+            stream.flush()
 
 
 def _open_log(path: str) -> int:

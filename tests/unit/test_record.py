@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -205,10 +206,11 @@ def test_nobody_is_written_to_unless_asked(record: Record, capfd: pytest.Capture
     assert capfd.readouterr() == ("", "")
 
 
-class Gate:
+class Gate(io.TextIOBase):
     """A standard error that blocks whoever writes, until it is opened: a terminal held by Ctrl-S."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.opened, self.tried = threading.Event(), threading.Event()
         self.text = io.StringIO()
 
@@ -216,9 +218,6 @@ class Gate:
         self.tried.set()
         assert self.opened.wait(60)
         return self.text.write(text)
-
-    def flush(self) -> None:
-        pass
 
     def isatty(self) -> bool:
         return True
@@ -253,7 +252,33 @@ def test_the_end_does_not_wait_for_ever(record: Record, monkeypatch: pytest.Monk
     record.flush()
     record.close()
     assert not gate.opened.is_set()
+    assert record._patience_s == 0  # whoever has waited once does not wait again
     gate.opened.set()
+
+
+IMPATIENT = """
+import memshr.record
+memshr.record.FLUSH_DEADLINE_S = 0.01
+from memshr.cli.main import main
+main()
+"""
+
+
+def test_a_command_ends_well_though_nobody_reads_its_standard_error(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(8192))
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    command = [sys.executable, "-c", IMPATIENT, "-v", "share", str(tmp_path / "image"), "--json"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, timeout=300, check=False)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert (done.returncode, done.stdout[:1]) == (0, b"{")
 
 
 def test_last_records_are_in_the_file_of_log(record: Record, tmp_path: Path) -> None:
@@ -330,6 +355,7 @@ def test_closing_leaves_logging_as_it_was() -> None:
     record.close()
     record.close()
     assert (list(logger.handlers), logger.level) == before
+    assert logger.level == logging.NOTSET
     LOG.warning("nobody hears it")
     assert record.lines() == []
 
