@@ -128,7 +128,7 @@ def select_guests(sources: Sequence[str]) -> list[GuestProcess]:
     return list(found.values())
 
 
-Grouping = Callable[[Mapping[DomId, str]], Mapping[str, Collection[int]]]
+Grouping = Callable[[Mapping[DomId, "GuestProcess"]], Mapping[str, Collection[int]]]
 
 
 @contextlib.contextmanager
@@ -150,7 +150,7 @@ def open_guests(
     if groups is None:
         members: Mapping[str, Collection[int]] = groups_in_force(processes)
     else:
-        members = groups({DomId(number): process.name for number, process in enumerate(processes, 1)})
+        members = groups({DomId(number): process for number, process in enumerate(processes, 1)})
     reserve = DEFAULT_RESERVE_BYTES if reserve_bytes is None else reserve_bytes
     for process in processes:
         _log.info("guest %s is process %d", process.name, process.pid)

@@ -48,6 +48,15 @@ def test_domains_of_one_name_are_told_apart() -> None:
     assert group_members([], twins) == {}
 
 
+def test_guests_of_different_users_are_together_only_if_they_are_named() -> None:
+    names = {DomId(1): "web", DomId(2): "db", DomId(3): "toy"}
+    users = {DomId(1): "", DomId(2): "", DomId(3): "mallory"}
+    groups = trust_groups(names, ["all"], lambda: 5, users)
+    assert {group.name: group.domids for group in groups} == {"all": (1, 2), "all (mallory)": (3,)}
+    assert group_members(["all"], names, users) == {"all": (1, 2), "all (mallory)": (3,)}
+    assert group_members(["both=web,toy"], names, users) == {"both": (1, 3)}
+
+
 def test_each_group_has_a_seed_of_its_own_and_does_not_show_it() -> None:
     found = groups("a=web,db")
     assert len({group.seed for group in found}) == len(found)

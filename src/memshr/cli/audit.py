@@ -11,7 +11,7 @@ import numpy as np
 from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_xen, select_guests
 from memshr.cli.options import print_json, sharing_options
 from memshr.cli.session import run_session
-from memshr.cli.share import group_members
+from memshr.cli.share import guest_groups
 from memshr.embedded import EmbeddedHypervisor
 from memshr.images import open_image
 from memshr.sharing.session import SharingOptions
@@ -43,7 +43,7 @@ def audit(
             _tell(xen.audit(), as_json=as_json)
         return
     if kind is SourceKind.QEMU:
-        grouping = partial(group_members, groups) if groups else None
+        grouping = partial(guest_groups, groups) if groups else None
         with open_guests(select_guests(sources), groups=grouping) as live:
             _tell(live.audit(), as_json=as_json)
         return

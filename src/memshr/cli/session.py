@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import click
@@ -34,13 +34,15 @@ def run_session(
     options: SharingOptions | None = None,
     *,
     domids: Collection[DomId] | None = None,
+    users: Mapping[DomId, str] | None = None,
 ) -> SharingReport:
     """Share what can be shared among the host's domains; shows progress when standard error is a terminal.
 
     :param domids: only these domains; None: all.
+    :param users: whose each domain is, as ``trust_groups`` wants it.
     """
     names = {domid: name for domid, name in hypervisor.names().items() if domids is None or domid in domids}
-    trusted = trust_groups(names, groups, lambda: secrets.randbits(SEED_BITS))
+    trusted = trust_groups(names, groups, lambda: secrets.randbits(SEED_BITS), users)
     with _session_progress() as progress:
         return share(hypervisor, trusted, wait=time.sleep, options=options, progress=progress)
 

@@ -15,7 +15,7 @@ from memshr.cli.options import huge_pages, huge_share, print_json, reserve_mib, 
 from memshr.cli.session import exit_with, mib, not_to_be_stopped, print_report, run_session
 from memshr.errors import RefusedDomainError
 from memshr.report.wording import printable
-from memshr.sharing.groups import trust_groups
+from memshr.sharing.groups import EVERY_DOMAIN, trust_groups
 from memshr.sharing.session import SharingOptions
 from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, DomId
 
@@ -71,11 +71,26 @@ def share(
     exit_with(report)
 
 
-def group_members(specs: Sequence[str], names: Mapping[DomId, str]) -> Mapping[str, Collection[int]]:
-    """The domids of each trust group that ``specs`` write down, of the domains that have these names."""
+def group_members(
+    specs: Sequence[str], names: Mapping[DomId, str], users: Mapping[DomId, str] | None = None
+) -> Mapping[str, Collection[int]]:
+    """The domids of each trust group that ``specs`` write down, of the domains that have these names.
+
+    :param users: whose each domain is, as ``trust_groups`` wants it.
+    """
     written = {spec.partition("=")[0].strip() for spec in specs}
-    groups = trust_groups(names, specs, lambda: 0)
-    return {group.name: group.domids for group in groups if group.name in written}
+    groups = trust_groups(names, specs, lambda: 0, users)
+    return {group.name: group.domids for group in groups if group.name in written or EVERY_DOMAIN in written}
+
+
+def guest_groups(specs: Sequence[str], guests: Mapping[DomId, GuestProcess]) -> Mapping[str, Collection[int]]:
+    """``group_members`` of running guests: those of different users are together only if a spec names them."""
+    return group_members(specs, {domid: guest.name for domid, guest in guests.items()}, users_of(guests))
+
+
+def users_of(guests: Mapping[DomId, GuestProcess]) -> dict[DomId, str]:
+    """Whose each guest is; root's are of ""."""
+    return {domid: guest.user if guest.uid else "" for domid, guest in guests.items()}
 
 
 def _share_guests(
@@ -92,9 +107,10 @@ def _share_guests(
     before_bytes = host_available_bytes()
     with (
         not_to_be_stopped(),
-        open_guests(willing, groups=partial(group_members, groups), reserve_bytes=reserve_bytes) as hypervisor,
+        open_guests(willing, groups=partial(guest_groups, groups), reserve_bytes=reserve_bytes) as hypervisor,
     ):
-        report = run_session(hypervisor, groups, options)
+        users = users_of({domid: hypervisor.enlisted(domid) for domid in hypervisor.names()})
+        report = run_session(hypervisor, groups, options, users=users)
         hypervisor.fold_back(seen=report.counters)
         figures = [hypervisor.guest_figures(domid) for domid in hypervisor.names()]
         trouble = hypervisor.trouble

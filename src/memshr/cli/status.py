@@ -56,6 +56,11 @@ def status(guests: tuple[str, ...], as_json: bool) -> None:
         return
     _console().print(_table(found, {}))
     for each in found:
+        if each.ksm_pages:
+            click.echo(
+                f"{printable(each.process.name)} ({each.process.pid}): KSM has merged {mib(each.ksm_pages)} MiB of it;"
+                " memshr would take that back before it shares."
+            )
         for refusal in each.refusals:
             click.echo(f"{printable(each.process.name)} ({each.process.pid}) must not be touched: {refusal}")
 
@@ -200,5 +205,6 @@ def _plain(status: GuestStatus) -> dict[str, object]:
         "sharing_pages": status.sharing_pages,
         "copied_pages": status.copied_pages,
         "frames": status.frames,
+        "ksm_pages": status.ksm_pages,
         "refusals": [dataclasses.asdict(refusal) for refusal in status.refusals],
     }

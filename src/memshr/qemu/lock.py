@@ -6,6 +6,7 @@ up when the holder dies, keeps no state besides, and names the holder to whoever
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -35,11 +36,25 @@ class GuestLock:
         if pid in _held:
             raise _refused(pid, name, os.getpid())
         _open()
+        while not self._taken(pid, name):
+            holder = holder_of(pid)
+            if holder is not None:
+                raise _refused(pid, name, holder)
+            # It has just been given up: once more.
+        _held[pid] = self
+
+    @staticmethod
+    def _taken(pid: int, name: str) -> bool:
         try:
             fcntl.lockf(_open(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, pid)
         except OSError as error:
-            raise _refused(pid, name, holder_of(pid) or 0) from error
-        _held[pid] = self
+            if error.errno in {errno.EAGAIN, errno.EACCES}:
+                return False
+            raise PermissionDeniedError(
+                f"cannot lock guest {name} ({pid}) in {LOCK_PATH}: {error.strerror}",
+                remedy="see that /run is a file system with record locks",
+            ) from error
+        return True
 
     def release(self) -> None:
         """Give it up."""

@@ -28,6 +28,7 @@ class GuestStatus:
     ``refusals``: why memshr would leave it alone, each with its remedy; empty: it may be shared. ``attached``: an agent
     is in it. ``groups``: the trust groups whose frames it reads. ``sharing_pages`` lie on frames; ``copied_pages`` were
     on one until they were written, and still cost a mapping; ``frames`` are the different frames that it reads.
+    ``ksm_pages`` are those that the kernel's KSM has merged: memshr takes them back before it shares (nominations.md).
     """
 
     process: GuestProcess
@@ -39,6 +40,7 @@ class GuestStatus:
     sharing_pages: int
     copied_pages: int
     frames: int
+    ksm_pages: int
 
 
 def guest_statuses() -> list[GuestStatus]:
@@ -92,7 +94,15 @@ def status_of(process: GuestProcess) -> GuestStatus:
         sharing_pages=sharing,
         copied_pages=sum(mapping.pages for mapping in pools) - sharing,
         frames=frames,
+        ksm_pages=_ksm_pages(process.pid),
     )
+
+
+def _ksm_pages(pid: int) -> int:
+    try:
+        return pagemap.ksm_pages(pid)
+    except OSError:  # it has ended, or we may not look; both are told elsewhere
+        return 0
 
 
 def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[int]]:

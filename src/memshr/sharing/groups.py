@@ -32,13 +32,20 @@ class Group:
     seed: int = field(repr=False)
 
 
-def trust_groups(names: Mapping[DomId, str], specs: Sequence[str], new_seed: Callable[[], int]) -> list[Group]:
+def trust_groups(
+    names: Mapping[DomId, str],
+    specs: Sequence[str],
+    new_seed: Callable[[], int],
+    users: Mapping[DomId, str] | None = None,
+) -> list[Group]:
     """The trust groups of some domains: those that ``specs`` name, and one for each domain that no spec names.
 
     :param names: the domains to be shared, as ``Hypervisor.names`` says.
     :param specs: ``NAME=DOMAIN,DOMAIN...`` each, a domain being named by its name or its domid; or the one spec
-        ``all``, which puts all domains into one group.
+        ``all``, which puts all domains into one group, or those of each user into one.
     :param new_seed: gives an unpredictable seed of ``fingerprint.SEED_BITS`` bits at each call.
+    :param users: whose each domain is, where that matters: ``all`` makes a group for each user, since nobody has said
+        that they trust each other. The user "" has the group ``all``, another one ``all (USER)``. None: all are of "".
     :returns: groups in the order of the specs, then the single domains in the order of ``names``.
     :raises GroupError: a spec that has no name or no domains, two groups of one name or one of the name of a domain
         outside it, a domain that is unknown, ambiguous, or named twice.
@@ -46,7 +53,13 @@ def trust_groups(names: Mapping[DomId, str], specs: Sequence[str], new_seed: Cal
     if EVERY_DOMAIN in specs:
         if len(specs) > 1:
             raise GroupError(f"group {EVERY_DOMAIN!r} takes every domain, so there can be no other group")
-        return [Group(EVERY_DOMAIN, tuple(names), new_seed())] if names else []
+        of_users: dict[str, list[DomId]] = {}
+        for domid in names:
+            of_users.setdefault((users or {}).get(domid, ""), []).append(domid)
+        return [
+            Group(f"{EVERY_DOMAIN} ({user})" if user else EVERY_DOMAIN, tuple(domids), new_seed())
+            for user, domids in of_users.items()
+        ]
     groups: list[Group] = []
     group_of: dict[DomId, str] = {}
     for spec in specs:
