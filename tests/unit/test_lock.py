@@ -36,7 +36,7 @@ def test_whoever_has_it_is_named(own_file: Path) -> None:
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(RefusedDomainError, match=f"process {other.pid} .*has guest web \\(77\\) in hand"):
+        with pytest.raises(RefusedDomainError, match=f"(?s)process {other.pid} .*has guest web \\(77\\) in hand"):
             GuestLock(77, "web")
         other.communicate()
     taken = GuestLock(77, "web")

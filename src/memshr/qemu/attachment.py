@@ -448,8 +448,7 @@ class Attachment:
                 mappings = self.target.mappings()
             except OSError as error:
                 raise self.failed(error) from error
-        except BaseException as error:
-            self.why = error
+        except BaseException:
             if self.state is GuestState.ATTACHING or self.session is not None:
                 self._give_up(GuestState.GONE if self.target.has_ended() else GuestState.LOOKING)
             raise

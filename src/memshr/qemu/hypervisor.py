@@ -28,6 +28,7 @@ from memshr.errors import (
     DomainError,
     HostMemoryError,
     InvariantError,
+    MemshrError,
     NoSuchDomainError,
     RefusedDomainError,
     SharingDisabledError,
@@ -99,6 +100,7 @@ class QemuHypervisor:
         self._reserve_bytes = reserve_bytes
         self._locks: dict[int, GuestLock] = {}
         self._watches: dict[int, WriteWatch] = {}
+        self._defect: BaseException | None = None
         self._injector = Injector()
         self._enabled = [False] * len(processes)
         self._chosen_pool: dict[str, int] = {}
@@ -142,6 +144,8 @@ class QemuHypervisor:
         watch = self._watches.pop(guest.domid, None)
         if watch is not None:
             watch.end()
+            if watch.failure is not None and not isinstance(watch.failure, (OSError, MemshrError)):
+                self._defect = watch.failure
         self._books.forget(guest)
 
     def _watch(self, guest: Attachment, session: Session) -> None:
@@ -485,6 +489,7 @@ class QemuHypervisor:
         statuses[is_shared & ~client_is_shared] = Status.C_HANDLE_INVALID
         statuses[~is_shared] = Status.S_HANDLE_INVALID
         statuses[same] = Status.OK
+        everything = sources, clients
         rows = np.flatnonzero((statuses == Status.OK) & ~same)
         sources, source_handles = sources[rows], source_handles[rows]
         clients, client_handles = clients[rows], client_handles[rows]
@@ -503,8 +508,9 @@ class QemuHypervisor:
         good_client = self._valid(clients[left], client_handles[left], client_shared)
         answers = np.where(good_client, Status.ENOMEM, Status.C_HANDLE_INVALID)
         answers = np.where(good_source, answers, Status.S_HANDLE_INVALID)
-        ended = self._books.has_ended(sources[left]) | self._books.has_ended(clients[left])
-        statuses[rows[left]] = np.where(ended, Status.ESRCH, answers)
+        statuses[rows[left]] = answers
+        ended = self._books.has_ended(everything[0]) | self._books.has_ended(everything[1])
+        statuses[ended & (statuses != Status.OK)] = Status.ESRCH
         return statuses
 
     def _valid(self, ids: Ids, handles: Handles, shared: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -922,9 +928,8 @@ class QemuHypervisor:
         return self._books.audit()
 
     def _check_watches(self) -> None:
-        for watch in self._watches.values():
-            if watch.failure is not None:
-                raise InvariantError("a write watch has failed") from watch.failure
+        if self._defect is not None:
+            raise InvariantError("a write watch has failed") from self._defect
 
     # -- what Linux has not ----------------------------------------------------------------------------------------
 

@@ -1,0 +1,286 @@
+"""Rules of the live core that nothing else would notice if they were broken: each was broken once in the code."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from guests.machine import wait_until
+from guests.qtest import QtestGuest
+from live.qemu_host import FIRST_GFN, QtestHost, process_of
+from memshr.errors import InvariantError, RefusedDomainError, Status
+from memshr.qemu import lock, pagemap, protection
+from memshr.qemu.attachment import Attachment, GuestState
+from memshr.qemu.control_area import CONTROL_BYTES, CONTROL_NAME, ControlArea, is_ours
+from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.qemu.states import PageStates
+from memshr.types import PAGE_SIZE, DomId, Gfn, PageArray
+
+FIRST, SECOND = DomId(1), DomId(2)
+BOTH = (FIRST, SECOND)
+
+Pair = tuple[QtestGuest, QtestGuest]
+
+
+@pytest.fixture
+def host(qtest_pair: Pair) -> Iterator[QtestHost]:
+    """Two guests with eight equal pages."""
+    for guest in qtest_pair:
+        guest.write(FIRST_GFN * PAGE_SIZE, page(1) * 8)
+    with QtestHost(qtest_pair) as made:
+        yield made
+
+
+def page(seed: int) -> bytes:
+    """A page of its own for each seed."""
+    return np.random.default_rng(seed).bytes(PAGE_SIZE)
+
+
+def pages_of(domid: DomId, first: int = FIRST_GFN, count: int = 8) -> PageArray:
+    """A run."""
+    return PageArray.of_domain(domid, np.arange(first, first + count))
+
+
+def opened(host: QtestHost, domid: DomId) -> Attachment:
+    """The guest as the mechanism has it."""
+    return host.hypervisor._books.guests[domid - 1]
+
+
+def share(host: QtestHost, sources: PageArray, clients: PageArray) -> list[int]:
+    """Nominate and share."""
+    source_handles, client_handles = (host.hypervisor.nominate_gfns(each)[0] for each in (sources, clients))
+    statuses: list[int] = host.hypervisor.share_gfns_many(sources, source_handles, clients, client_handles).tolist()
+    return statuses
+
+
+def test_writers_go_on_when_the_watch_fails(host: QtestHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.hypervisor.nominate_gfns(pages_of(FIRST))
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("a defect of ours")
+
+    monkeypatch.setattr(host.hypervisor._watches[FIRST], "_on_writes", fails)
+    host.write(FIRST, Gfn(FIRST_GFN), b"goes on")
+    assert host.read(FIRST, Gfn(FIRST_GFN))[:7] == b"goes on"
+    wait_until(lambda: opened(host, FIRST).state is GuestState.LOST, 10, "it is given up")
+    with pytest.raises(InvariantError, match="watch has failed"):
+        host.hypervisor.nominate_gfns(pages_of(SECOND))
+    host.write(SECOND, Gfn(FIRST_GFN), b"goes on")
+
+
+def test_no_handle_is_seen_before_the_page_is_protected_and_disk_requests_have_ended(
+    host: QtestHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = opened(host, FIRST)
+    guest.must_drain = True
+    states = host.hypervisor._states
+    ids = np.arange(guest.pages)
+    local = guest.pages_of_gfns(pages_of(FIRST).gfns)
+    drained: list[bool] = []
+
+    def drain() -> None:
+        assert pagemap.is_protected(guest.entries(local)).all(), "a request that begins now must wait"
+        assert not states.nominated(ids).any()
+        host.write(FIRST, Gfn(FIRST_GFN + 2), b"meanwhile")
+        drained.append(True)
+
+    monkeypatch.setattr(guest.target, "drain", drain)
+    handles, statuses = host.hypervisor.nominate_gfns(pages_of(FIRST))
+    assert drained == [True]
+    assert not statuses.any()
+    assert states.nominated(local).tolist() == [True, True, False, True, True, True, True, True]
+    client_handles, _ = host.hypervisor.nominate_gfns(pages_of(SECOND))
+    answers = host.hypervisor.share_gfns_many(pages_of(FIRST), handles, pages_of(SECOND), client_handles)
+    assert np.flatnonzero(answers).tolist() == [2], "what was written meanwhile has a dead handle"
+    assert host.read(FIRST, Gfn(FIRST_GFN + 2))[:9] == b"meanwhile"
+
+
+def test_guest_with_direct_drives_is_unshared_under_nominations(
+    host: QtestHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any(share(host, pages_of(FIRST), pages_of(SECOND)))
+    guest = opened(host, SECOND)
+    guest.must_drain = True
+    rounds: list[int] = []
+
+    def drain() -> None:
+        rounds.append(len(rounds))
+        if len(rounds) == 1:  # what is written now is left for the next round
+            host.write(SECOND, Gfn(FIRST_GFN + 5), b"meanwhile")
+
+    monkeypatch.setattr(guest.target, "drain", drain)
+    assert host.hypervisor.unshare_guest(SECOND) == 8
+    assert len(rounds) == 2, "once for all pages, and once for the one that was written"
+    assert not guest.in_pool.any()
+    assert host.read(SECOND, Gfn(FIRST_GFN + 5)) == b"meanwhile" + page(1)[9:]
+    assert host.hypervisor.audit().clean
+
+
+def test_frame_of_a_foreign_group_takes_no_new_sharers(host: QtestHost) -> None:
+    """The two shared; now they are apart. A page of the same guest must not join what the other one still reads."""
+    assert not any(share(host, pages_of(FIRST), pages_of(SECOND)))
+    host.hypervisor.close()
+    host.guests[0].write((FIRST_GFN + 100) * PAGE_SIZE, page(1))
+    with QtestHost(host.guests, groups={}) as apart:
+        on_frame, own = pages_of(FIRST, count=1), pages_of(FIRST, FIRST_GFN + 100, 1)
+        assert share(apart, on_frame, own) == [Status.EXDEV]
+        assert share(apart, own, on_frame) == [Status.EXDEV]
+        assert apart.hypervisor.frames_of(own).tolist() == [-1]
+
+
+def test_control_area_that_only_looks_like_one_is_not_trusted() -> None:
+    real = ControlArea.create()
+    forged = os.memfd_create(CONTROL_NAME, os.MFD_ALLOW_SEALING)
+    os.ftruncate(forged, CONTROL_BYTES)
+    os.pwrite(forged, bytes(real.memory), 0)
+    unsealed = os.memfd_create(CONTROL_NAME, os.MFD_ALLOW_SEALING)
+    os.ftruncate(unsealed, CONTROL_BYTES)
+    os.setxattr(unsealed, "trusted.memshr", b"agent")
+    assert is_ours(real.file)
+    assert not is_ours(forged), "it has root's owner and mode, but not the mark"
+    assert not is_ours(unsealed), "it could be cut short under our feet"
+    with pytest.raises(PermissionError):
+        os.ftruncate(real.file, 4096)
+    real.close()
+    os.close(forged)
+    os.close(unsealed)
+
+
+def test_zombie_is_left_out(host: QtestHost) -> None:
+    handles = [host.hypervisor.nominate_gfns(pages_of(domid))[0] for domid in BOTH]
+    os.kill(host.guests[1].pid, signal.SIGKILL)
+    stat = Path(f"/proc/{host.guests[1].pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z", 10, "it is a zombie")
+    statuses = host.hypervisor.share_gfns_many(pages_of(FIRST), handles[0], pages_of(SECOND), handles[1])
+    assert statuses.tolist() == [Status.ESRCH] * 8
+    assert list(host.hypervisor.names()) == [FIRST]
+    host.write(FIRST, Gfn(FIRST_GFN), b"goes on")
+    assert host.hypervisor.audit().clean
+
+
+def test_close_lets_everything_go_also_if_one_part_fails(qtest_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    hypervisor = QemuHypervisor([process_of(guest) for guest in qtest_pair], groups={})
+    for domid in BOTH:
+        hypervisor.control(domid, True)
+        hypervisor.nominate_gfns(pages_of(domid))
+    before = sys.getswitchinterval()
+    first = hypervisor._books.guests[0]
+    injector = hypervisor._injector._process
+
+    def fails() -> None:
+        raise OSError(5, "a defect of the host")
+
+    monkeypatch.setattr(first.target, "close", fails)
+    with pytest.raises(OSError, match="defect of the host"):
+        hypervisor.close()
+    monkeypatch.undo()
+    first.target.close()
+    for guest in qtest_pair:
+        guest.write(FIRST_GFN * PAGE_SIZE, b"goes on")
+        assert lock.holder_of(guest.pid) is None
+    assert injector is not None
+    assert injector.poll() is not None
+    assert before == pytest.approx(protection.SWITCH_INTERVAL_S)
+    assert sys.getswitchinterval() > 2 * before
+
+
+def test_switch_interval_is_put_back_in_whatever_order_hosts_are_closed(qtest_pair: Pair) -> None:
+    before = sys.getswitchinterval()
+    hosts = [QtestHost([guest], groups={}).hypervisor for guest in qtest_pair]
+    assert sys.getswitchinterval() == pytest.approx(protection.SWITCH_INTERVAL_S)
+    for host in hosts:
+        assert sys.getswitchinterval() == pytest.approx(protection.SWITCH_INTERVAL_S)
+        host.close()
+    assert sys.getswitchinterval() == before
+
+
+def test_books_that_contradict_themselves_stop_everything(qtest_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    qtest_pair[0].write(FIRST_GFN * PAGE_SIZE, page(1) * 8)
+    with QemuHypervisor([process_of(qtest_pair[0])], groups={}) as hypervisor:
+
+        def fails(*_: object) -> None:
+            raise InvariantError("the guest's QEMU pretends to share")
+
+        monkeypatch.setattr(hypervisor._books, "rebuild", fails)
+        for _ in range(2):
+            with pytest.raises(InvariantError, match="pretends"):
+                hypervisor.nominate_gfns(pages_of(FIRST))
+        assert hypervisor._books.guests[0].session is None
+        qtest_pair[0].write(FIRST_GFN * PAGE_SIZE, b"goes on")
+
+
+def test_guest_that_cannot_be_attached_is_tried_once(qtest_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    with QemuHypervisor([process_of(guest) for guest in qtest_pair], groups={"all": BOTH}) as hypervisor:
+        tries: list[int] = []
+        target = hypervisor._books.guests[0].target
+
+        def refuses(*_: object) -> None:
+            tries.append(1)
+            raise RefusedDomainError("not this one", reasons=["a reason"])
+
+        monkeypatch.setattr(target, "connect", refuses)
+        both = PageArray(np.array([1, 1, 2, 2], np.uint16), np.tile(np.arange(FIRST_GFN, FIRST_GFN + 2), 2))
+        for _ in range(3):
+            _, statuses = hypervisor.nominate_gfns(both)
+            assert statuses.tolist() == [Status.EXDEV, Status.EXDEV, 0, 0]
+        assert len(tries) == 1
+        monkeypatch.undo()
+        hypervisor.control(FIRST, True)
+        assert not hypervisor.nominate_gfns(both)[1].any()
+
+
+def test_half_made_attachment_is_none(qtest_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = qtest_pair[0]
+    with QemuHypervisor([process_of(guest)], groups={}) as hypervisor:
+        attachment = hypervisor._books.guests[0]
+
+        def fails() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(attachment, "register", fails)
+        with pytest.raises(KeyboardInterrupt):
+            hypervisor.nominate_gfns(pages_of(FIRST))
+        monkeypatch.undo()
+        assert (attachment.state, attachment.session) == (GuestState.LOOKING, None)
+        assert lock.holder_of(guest.pid) is None
+        assert not hypervisor._watches
+        guest.write(FIRST_GFN * PAGE_SIZE, b"goes on")
+        assert not hypervisor.nominate_gfns(pages_of(FIRST))[1].any()
+        guest.write(FIRST_GFN * PAGE_SIZE, b"goes on too")
+
+
+def test_interrupted_nomination_of_two_guests_leaves_none_of_either(
+    host: QtestHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nominate = PageStates.nominate
+
+    def interrupted(states: PageStates, guest: Attachment, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> object:
+        if guest.domid == SECOND:
+            raise KeyboardInterrupt
+        return nominate(states, guest, ids)
+
+    monkeypatch.setattr(PageStates, "nominate", interrupted)
+    both = PageArray(np.array([1, 2], np.uint16), np.array([FIRST_GFN, FIRST_GFN]))
+    with pytest.raises(KeyboardInterrupt):
+        host.hypervisor.nominate_gfns(both)
+    monkeypatch.undo()
+    assert host.hypervisor.counters().used_frames == 0
+    assert not len(host.hypervisor._states.all_nominated())
+    guest = opened(host, FIRST)
+    assert not pagemap.is_protected(guest.entries(guest.pages_of_gfns(pages_of(FIRST).gfns))).any()
+    written = threading.Event()
+
+    def write() -> None:
+        host.write(FIRST, Gfn(FIRST_GFN), b"x")
+        written.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert written.wait(20)
+    writer.join()
+    assert not any(share(host, pages_of(FIRST)[1:], pages_of(SECOND)[1:]))
