@@ -576,7 +576,7 @@ class QemuHypervisor:
             targets = frames[whole][order[np.searchsorted(old_frames[order], self._books.frame[sharers])]]
             for flight in self._remapping.flights(sharers, targets):
                 with self._remapping.flight(sharers[flight]):
-                    held = flight[self._remapping.hold(sharers[flight])]
+                    held = flight[self._remapping.hold_sharers(sharers[flight])]
                     self._remapping.map(sharers[held], targets[held])
             done[whole] = self._books.frame[clients[whole]] == frames[whole]
             self._punch_unread(np.unique(old_frames))
@@ -745,12 +745,7 @@ class QemuHypervisor:
         if guest.session is None or not self._has_room(len(ids)):
             return False
         with self._remapping.flight(ids):
-            if handles is None:
-                with contextlib.suppress(DomainError):
-                    self._states.hold(guest, ids)
-                flying = np.full(len(ids), guest.session is not None)
-            else:
-                flying = self._remapping.take(ids, handles)
+            flying = self._remapping.hold(ids) if handles is None else self._remapping.take(ids, handles)
             done = self._remapping.make_private(ids[flying])
         return bool(done.all())
 
@@ -777,7 +772,7 @@ class QemuHypervisor:
                 alone = np.flatnonzero(valid & ~shared)
                 valid[alone] = self._remapping.take(some[alone], handles[flight[alone]])
                 held = np.flatnonzero(valid & shared)
-                valid[held] = self._remapping.hold(some[held])
+                valid[held] = self._remapping.hold_sharers(some[held])
                 statuses[good[flight[~valid]]] = Status.S_HANDLE_INVALID
                 taken = flight[valid]
                 released[taken] = self._remapping.empty(mine[taken])

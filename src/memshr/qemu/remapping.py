@@ -91,7 +91,7 @@ class Remapping:
         return standing
 
     def hold(self, ids: Ids) -> NDArray[np.bool_]:
-        """Take pages in flight that are on frames, protected; returns which still were when it held."""
+        """Take pages in flight, protected, whatever they are on; returns which."""
         held = np.zeros(len(ids), dtype=np.bool_)
         for guest, rows in self._books.by_guest(ids):
             if guest.session is not None:
@@ -99,6 +99,11 @@ class Remapping:
                     self._states.hold(guest, ids[rows])
                     held[rows] = True
         self._drop_unprotected(ids, held)
+        return held
+
+    def hold_sharers(self, ids: Ids) -> NDArray[np.bool_]:
+        """Take pages in flight that are on frames, protected; returns which still were when it held."""
+        held = self.hold(ids)
         kept = held & self._books.on_frame(ids)
         for guest, rows in self._books.by_guest(ids[held & ~kept]):
             with contextlib.suppress(DomainError):
