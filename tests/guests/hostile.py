@@ -36,6 +36,7 @@ MODES: Final[Mapping[str, str]] = {
     "forged-pool": "row 3: has a file of its own that is called like the pool of the group",
     "forged-pool-race": "row 3: the same, there at one look and gone at the next",
     "pool-write@pool": "row 3: writes to every pool that it was handed, opened anew if need be",
+    "pool-swap@pool": "row 3: its own pool and a forged one are in turn at one place, so that names get mixed up",
     "trap-own": "row 4: whoever reads its memory waits for ever, by a userfaultfd of its own",
     "trap-theirs@uffd": "row 4: the same, on memory that it has taken from memshr's userfaultfd",
     "state-under-way@uffd": "row 5: the agent hangs, and the control area says that its table is under way",
@@ -80,6 +81,7 @@ class HostileQemu:
     :param answers: the odd answers of its QMP: see ``spoil``.
     :param qmp_path: what its command line gives as its QMP socket; None: a socket of its own, that it serves.
     :param own_root: its folder is its root, as in a container.
+    :param pages: what its memory has from FIRST_GFN on.
     :param offsets: where the control area's data has ``state``, ``done`` and ``tid``, for modes that forge them.
     """
 
@@ -93,6 +95,7 @@ class HostileQemu:
         answers: Sequence[str] = (),
         qmp_path: Path | None = None,
         own_root: bool = False,
+        pages: bytes = b"",
         offsets: Mapping[str, int] | None = None,
         memory_mib: int = 16,
     ) -> None:
@@ -107,6 +110,7 @@ class HostileQemu:
         self._qmp_path = qmp_path
         self._own_root = own_root
         self._answers = answers
+        self._pages = pages
         self._offsets = offsets or {}
         self._user = user
         self._capabilities = capabilities
@@ -134,9 +138,11 @@ class HostileQemu:
         shutil.chown(self._report_path, self._user)
         answers_path = self.folder / "answers"
         answers_path.write_text("".join(f"{line}\n" for line in self._answers))
+        (self.folder / "pages").write_bytes(self._pages)
         inside = Path("/") if self._own_root else self.folder
         command = [*self._as_user(), inside / program.name, "-name", self.name, "-m", str(self.memory_mib)]
         command += ["-mode", self.mode, "-report", inside / "report", "-answers", inside / "answers"]
+        command += ["-pages", inside / "pages"]
         command += ["-canary", inside / "canary", "-listen", "no" if self._qmp_path else "yes"]
         command += ["-qmp", f"unix:{self._qmp_path or inside / 'qmp'},server=on,wait=off"]
         for word, offset in self._offsets.items():
@@ -210,13 +216,6 @@ class HostileQemu:
     def own_files(self) -> set[tuple[int, int]]:
         """Device and inode of each memory file that it has made."""
         return {(int(device), int(inode)) for device, inode in self.reported("memfd")}
-
-    def write(self, gpa: int, content: bytes) -> None:
-        """Write into its memory, as its guest would, before anything is protected."""
-        [[address, _]] = self.reported("ram")
-        with Path(f"/proc/{self.pid}/mem").open("r+b", buffering=0) as memory:
-            memory.seek(int(address) + gpa)
-            memory.write(content)
 
     def kill(self) -> None:
         """End it, whatever it has become, and remove its folder."""

@@ -28,7 +28,7 @@ from guests.hostile import MODES, HostileQemu, spoil
 from guests.kit import find_program
 from guests.machine import wait_until
 from live.parts import needed_parts
-from live.victims import Victims, give_common_pages, kept_victims
+from live.victims import Victims, common_pages, kept_victims
 from memshr.qemu import control_area
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can share running guests of other users")
@@ -40,7 +40,7 @@ ADDRESSES_BYTES: Final = 16 << 30
 """more would only hurt this machine"""
 OFFSETS: Final = {"state": control_area.STATE_AT, "done": control_area.DONE_AT, "tid": control_area.TID_AT}
 CREW: Final = ("--group", "crew=1,2,3")
-ACT_DEADLINE_S = 10.0
+RACES: Final = 8
 
 
 # -- running memshr ----------------------------------------------------------------------------------------------------
@@ -192,13 +192,10 @@ def victims(place: list[Victims], qemu: Path) -> Victims:
 
 
 @contextlib.contextmanager
-def hostile_qemu(mode: str = "honest", **described: Any) -> Iterator[HostileQemu]:
+def hostile_qemu(mode: str = "honest", *, pages: bytes | None = None, **described: Any) -> Iterator[HostileQemu]:
     """One that has pages in common with the victims."""
-    with needed_parts(), HostileQemu(mode, offsets=OFFSETS, **described) as hostile:
-        hostile.start()
-        if not mode.startswith("trap-own"):
-            give_common_pages(hostile)
-        yield hostile
+    with needed_parts(), HostileQemu(mode, offsets=OFFSETS, pages=pages or common_pages(), **described) as hostile:
+        yield hostile.start()
 
 
 # -- the fixture is what it says ---------------------------------------------------------------------------------------
@@ -243,6 +240,7 @@ def test_one_that_does_nothing_bad_is_shared_and_left_as_it_was(victims: Victims
 def test_every_command_beside(mode: str, victims: Victims) -> None:
     with hostile_qemu(mode) as hostile:
         _every_command(Law(victims, [hostile]), hostile)
+        assert hostile.acted, "the mode was not put to the test: it never came to do what it is for"
 
 
 @pytest.mark.parametrize("mode", ["forged-pool", "pool-write@pool"])
@@ -261,6 +259,21 @@ def _every_command(law: Law, hostile: HostileQemu) -> None:
     law.run("unshare", *sources)
     law.run("detach", *sources)
     law.leave()
+
+
+def test_its_pool_does_not_become_that_of_another_group(victims: Victims) -> None:
+    """It and the victims are in groups of their own; a race, which is run several times."""
+    with hostile_qemu("pool-swap@pool", pages=2 * common_pages()) as hostile:  # twins, so that it has a pool
+        law = Law(victims, [hostile])
+        for _ in range(RACES):
+            law.run("share", hostile.source, *victims.sources, "--group", "alone=1", "--group", "crew=2,3")
+            theirs = {status.st_ino for status in _pool_files(hostile.pid).values()}
+            for victim in victims.pair:
+                common = theirs & {status.st_ino for status in _pool_files(victim.guest.pid).values()}
+                assert not common, "a victim is on frames of a pool that the hostile QEMU has"
+        assert hostile.acted
+        law.run("detach", hostile.source)
+        law.leave()
 
 
 def test_no_thread_that_it_names_stays_urgent(victims: Victims) -> None:
@@ -297,14 +310,19 @@ def test_it_can_read_no_page_that_only_a_victim_has(groups: Sequence[str], victi
         law.leave()
 
 
-def _readable_pools(pid: int) -> list[bytes]:
-    found: dict[int, bytes] = {}
+def _pool_files(pid: int) -> dict[Path, os.stat_result]:
+    found = {}
     for folder in ("map_files", "fd"):
         for entry in Path(f"/proc/{pid}/{folder}").iterdir():
             with contextlib.suppress(OSError):
                 if os.fspath(entry.readlink()).startswith("/memfd:memshr-pool"):
-                    found[entry.stat().st_ino] = entry.read_bytes()
-    return list(found.values())
+                    found[entry] = entry.stat()
+    return found
+
+
+def _readable_pools(pid: int) -> list[bytes]:
+    by_inode = {status.st_ino: path for path, status in _pool_files(pid).items()}
+    return [path.read_bytes() for path in by_inode.values()]
 
 
 # -- what it says ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 import numpy as np
 
-from guests.hostile import FIRST_GFN, PAGE_BYTES, HostileQemu
+from guests.hostile import FIRST_GFN, PAGE_BYTES
 from guests.machine import GuestFailedError, wait_until
 from guests.qtest import QtestGuest
 
@@ -31,11 +31,6 @@ _HOT_START: Final = _START + (COMMON_PAGES + 2 * TWIN_PAGES) * PAGE_BYTES
 def common_pages() -> bytes:
     """What everybody has, a hostile QEMU too: COMMON_PAGES different pages."""
     return np.random.default_rng(17).bytes(COMMON_PAGES * PAGE_BYTES)
-
-
-def give_common_pages(hostile: HostileQemu) -> None:
-    """Let a hostile QEMU have pages that it can share with the victims."""
-    hostile.write(_START, common_pages())
 
 
 @dataclass(frozen=True, slots=True)

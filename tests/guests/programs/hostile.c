@@ -3,7 +3,9 @@
  * that was broken out into could do to memshr, to other guests, or to root. guests/hostile.py builds and starts it.
  *
  *     qemu-system-x86_64 -name NAME -m MIB -qmp unix:PATH,... -mode MODE [-answers FILE] [-report FILE]
- *                        [-canary PROGRAM] [-state N] [-done N] [-tid N]
+ *                        [-canary PROGRAM] [-pages FILE] [-state N] [-done N] [-tid N]
+ *
+ * The file of pages is what its memory has from RAM_START_GFN on.
  *
  * MODE is ACTION or ACTION@WHEN. WHEN: start (at once), agent (memshr's code is mapped here), uffd (a userfaultfd is
  * among our descriptors), pool (a frame pool is mapped here). It goes on doing ACTION until it ends.
@@ -242,15 +244,27 @@ static void trap_readers(uint8_t *start, size_t bytes, bool take_from_memshr)
             return;
     }
     struct uffdio_register asked = {{(uintptr_t)start, bytes}, UFFDIO_REGISTER_MODE_MISSING, 0};
-    if (ioctl(trap, UFFDIO_REGISTER, &asked))
+    static bool registered, caught;
+    struct uffd_msg fault;
+    if (!registered && ioctl(trap, UFFDIO_REGISTER, &asked))
         return;
-    for (size_t at = 0; at < bytes; at += PAGE) {
-        struct uffdio_copy copy = {(uintptr_t)start + at, (uintptr_t)contents, PAGE, 0, 0};
-        madvise(start + at, PAGE, MADV_DONTNEED);
-        contents[0] = 0x5a;
-        if (at & PAGE)
-            ioctl(trap, UFFDIO_COPY, &copy);
-        acted();
+    registered = true;
+    acted();
+    /* there for whoever asks whether they are there, gone for whoever reads them then; until the first is caught */
+    for (int phase = 0; phase < 2 && !caught; phase++) {
+        for (size_t at = 0; at < bytes; at += PAGE) {
+            struct uffdio_copy copy = {(uintptr_t)start + at, (uintptr_t)contents, PAGE, 0, 0};
+            memcpy(contents, &at, sizeof at);
+            if (phase)
+                madvise(start + at, PAGE, MADV_DONTNEED);
+            else
+                ioctl(trap, UFFDIO_COPY, &copy);
+        }
+        for (int look = 0; look < 8 && !caught; look++, usleep(300))
+            if (read(trap, &fault, sizeof fault) == (ssize_t)sizeof fault) {
+                caught = true;
+                report("caught\n");
+            }
     }
 }
 
@@ -313,6 +327,22 @@ static void forge_pool(const char *group)
     acted();
 }
 
+/* At one place, in turn: the pool that we have, and a file of ours that is called like the pool of others. */
+static void swap_pools(void)
+{
+    uint8_t *place = ram + 0x900 * PAGE;
+    int pools[8], count;
+    forge_pool("crew");
+    count = find_descriptors("/memfd:memshr-pool", pools, 8);
+    for (int round = 0; round < 200; round++)
+        for (int i = 0; i < count; i++) {
+            if (pools[i] == forged)
+                continue;
+            mmap(place, PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, pools[i], 0);
+            mmap(place, PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, forged, 0);
+        }
+}
+
 /* Write to whatever we were handed, however we get at it: also opened anew, with another mode. */
 static void write_to_pools(void)
 {
@@ -339,8 +369,10 @@ static void write_to_pools(void)
 static void truncate_all(void)
 {
     for (int i = 0; i < kept_count; i++)
-        if (!ftruncate(kept[i], 0))
-            acted();
+        if (ftruncate(kept[i], 0))
+            continue;  /* sealed, or no file */
+    if (kept_count)
+        acted();
 }
 
 static void overwrite_all(void)
@@ -349,8 +381,10 @@ static void overwrite_all(void)
     for (size_t i = 0; i < sizeof junk; i++)
         junk[i] = random();
     for (int i = 0; i < kept_count; i++)
-        if (pwrite(kept[i], junk, sizeof junk, PAGE) > 0)
-            acted();
+        if (pwrite(kept[i], junk, sizeof junk, PAGE) < 0)
+            continue;
+    if (kept_count)
+        acted();
 }
 
 static void disturb_sockets(void)
@@ -443,7 +477,9 @@ static void *attack(void *nothing)
         } else if (is("forged-pool-race")) {
             forge_pool("crew");
             mmap(ram + 0x900 * PAGE, 256 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-        } else if (is("pool-write"))
+        } else if (is("pool-swap"))
+            swap_pools();
+        else if (is("pool-write"))
             write_to_pools();
         else if (is("ram-unmapped")) {
             munmap(pages + 16 * PAGE, 16 * PAGE);
@@ -697,14 +733,18 @@ static void on_descriptor(int number)
 {
     if (is("exec-own-file") || is("exec-kept") || is("exec-other"))
         turn_into_canary(number);
-    else if (is("number-of-own-file"))
+    else if (is("number-of-own-file")) {
         dup2(payload, number);
+        acted();
+    }
 }
 
 static void after_descriptor(void)
 {
-    if (is("dies"))
+    if (is("dies")) {
+        acted();
         _exit(0);
+    }
     if (is("stops")) {
         acted();
         kill(getpid(), SIGSTOP);
@@ -874,42 +914,59 @@ static void listen_at(const char *option)
         die(address.sun_path);
 }
 
-static void read_answers(const char *path)
+static char *read_file(const char *path, size_t *bytes)
 {
     struct stat status;
     int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file < 0 || fstat(file, &status))
         die(path);
-    answers = calloc(1, status.st_size + 1);
+    char *text = calloc(1, status.st_size + 1);
     for (ssize_t at = 0, got; at < status.st_size; at += got)
-        if ((got = read(file, answers + at, status.st_size - at)) <= 0)
+        if ((got = read(file, text + at, status.st_size - at)) <= 0)
             die(path);
     close(file);
+    *bytes = status.st_size;
+    return text;
 }
 
-static void make_many_mappings(void)
+static void make_many_mappings(const char *report_path)
 {
-    char title[250];
+    /* A file whose path is nearly as long as the kernel lets a path be. */
+    char folder[4096], title[241];
+    snprintf(folder, sizeof folder, "%s", report_path);
+    *strrchr(folder, '/') = 0;
     memset(title, 'x', sizeof title - 1);
     title[sizeof title - 1] = 0;
-    int file = memory_file(title, MFD_CLOEXEC);
-    if (ftruncate(file, PAGE))
-        die("ftruncate");
+    int at = open(folder, O_PATH | O_DIRECTORY);
+    for (int depth = 0; depth < 15; depth++) {
+        int below;
+        if (mkdirat(at, title, 0755) || (below = openat(at, title, O_PATH | O_DIRECTORY)) < 0)
+            die("mkdirat");
+        close(at);
+        at = below;
+    }
+    int file = openat(at, title, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    if (file < 0 || ftruncate(file, PAGE))
+        die("openat");
     for (int i = 0; i < MANY_MAPPINGS; i++)
         if (mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE, file, 0) == MAP_FAILED)
             break;
+    close(at);
+    close(file);
     acted();
 }
 
 int main(int count, char **arguments)
 {
-    const char *socket_option = NULL;
+    const char *socket_option = NULL, *pages_path = NULL, *report_path = "";
     bool nowhere = false;
     ram_bytes = 16 * MIB;
     for (int i = 1; i + 1 < count; i++) {
         const char *option = arguments[i], *given = arguments[i + 1];
-        if (!strcmp(option, "-report"))
+        if (!strcmp(option, "-report")) {
+            report_path = given;
             report_file = open(given, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+        }
         else if (!strcmp(option, "-mode")) {
             char *at = strchr(arguments[i + 1], '@');
             mode = given;
@@ -920,9 +977,11 @@ int main(int count, char **arguments)
         } else if (!strcmp(option, "-qmp"))
             socket_option = given;
         else if (!strcmp(option, "-answers"))
-            read_answers(given);
+            answers = read_file(given, &(size_t){0});
         else if (!strcmp(option, "-canary"))
             canary = given;
+        else if (!strcmp(option, "-pages"))
+            pages_path = given;
         else if (!strcmp(option, "-listen"))
             nowhere = !strcmp(given, "no");
         else if (!strcmp(option, "-name"))
@@ -945,9 +1004,12 @@ int main(int count, char **arguments)
     madvise(ram, layout_bytes, MADV_MERGEABLE);
     /* small pages, as most of a guest's that shares: a missing page is one page */
     madvise(ram, layout_bytes, MADV_NOHUGEPAGE);
-    memset(ram + RAM_START_GFN * PAGE, 0x11, 2 * MIB);
-    for (size_t page = 0; page < 512; page++)
-        memcpy(ram + (RAM_START_GFN + page) * PAGE, &page, sizeof page);
+    if (pages_path) {
+        size_t bytes;
+        char *pages = read_file(pages_path, &bytes);
+        memcpy(ram + RAM_START_GFN * PAGE, pages, bytes);
+        free(pages);
+    }
     if (is("huge-layout"))
         acted();
 
@@ -959,7 +1021,7 @@ int main(int count, char **arguments)
             die("payload");
     }
     if (is("many-mappings"))
-        make_many_mappings();
+        make_many_mappings(report_path);
     if (socket_option && !nowhere)
         listen_at(socket_option);
     report("ram %lu %lu\n", (uintptr_t)ram, ram_bytes);
