@@ -109,7 +109,7 @@ class HostileQemu:
         self._report_path = self.folder / "report"
         self._qmp_path = qmp_path
         self._own_root = own_root
-        self._answers = answers
+        self.answers = answers
         self._pages = pages
         self._offsets = offsets or {}
         self._user = user
@@ -137,7 +137,7 @@ class HostileQemu:
         self._report_path.touch()
         shutil.chown(self._report_path, self._user)
         answers_path = self.folder / "answers"
-        answers_path.write_text("".join(f"{line}\n" for line in self._answers))
+        answers_path.write_text("".join(f"{line}\n" for line in self.answers))
         (self.folder / "pages").write_bytes(self._pages)
         inside = Path("/") if self._own_root else self.folder
         command = [*self._as_user(), inside / program.name, "-name", self.name, "-m", str(self.memory_mib)]

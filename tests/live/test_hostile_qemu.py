@@ -63,16 +63,19 @@ class Outcome:
         return json.loads(self.out)
 
     def __str__(self) -> str:
+        command = " ".join(self.arguments[:8]) + (" ..." if len(self.arguments) > 8 else "")
         said = f"{self.err.strip()[-600:]!r}"
-        return f"memshr {' '.join(self.arguments)}: exit {self.code}, {self.peak_bytes >> 20} MiB, it said {said}"
+        return f"memshr {command}: exit {self.code}, {self.peak_bytes >> 20} MiB, it said {said}"
 
 
 def memshr(*arguments: str) -> Outcome:
     """Run a command as root, for ``DEADLINE_S`` at most."""
-    command = [find_program("prlimit", "util-linux"), f"--as={ADDRESSES_BYTES}", sys.executable, "-m", "memshr"]
+    limited: list[str | Path] = [find_program("prlimit", "util-linux"), f"--as={ADDRESSES_BYTES}"]
     peak_bytes, killed = 0, False
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        with subprocess.Popen([*command, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err) as process:
+        with subprocess.Popen(
+            [*limited, sys.executable, "-m", "memshr", *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        ) as process:
             end = time.monotonic() + DEADLINE_S
             while process.poll() is None:
                 peak_bytes = max(peak_bytes, _peak_bytes(process.pid))
@@ -83,8 +86,8 @@ def memshr(*arguments: str) -> Outcome:
                     process.wait(0.02)
         out.seek(0)
         err.seek(0)
-        said = [file.read().decode(errors="surrogateescape") for file in (out, err)]
-    return Outcome(arguments, process.returncode, *said, peak_bytes, killed)
+        printed, said = (file.read().decode(errors="surrogateescape") for file in (out, err))
+    return Outcome(arguments, process.returncode, printed, said, peak_bytes, killed)
 
 
 def _peak_bytes(pid: int) -> int:
@@ -231,6 +234,35 @@ def test_one_that_does_nothing_bad_is_shared_and_left_as_it_was(victims: Victims
         assert law.run("detach", *sources).code == 0
         wait_until(lambda: _as_it_is(honest.pid) == before, 10.0, "it is as it was")
         law.leave()
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["ours", "qemu"])
+def test_it_takes_descriptors_as_qemu_does(real: bool, victims: Victims) -> None:
+    guest = victims.pair[0].guest
+    with hostile_qemu() as honest, tempfile.TemporaryFile() as file, socket.socket(socket.AF_UNIX) as wire:
+        pid, path = (guest.pid, guest.qmp_path) if real else (honest.pid, honest.folder / "qmp")
+        identity = 'an "id"]}'
+        wire.connect(os.fspath(path))
+        with wire.makefile("rb") as lines:
+            assert "QMP" in json.loads(lines.readline())
+            for words, is_held in (
+                ({"execute": "qmp_capabilities"}, False),
+                ({"execute": "getfd", "arguments": {"fdname": "memshr"}}, True),
+                ({"arguments": {"fdname": "memshr"}, "execute": "closefd"}, False),
+                ({"execute": "transaction", "arguments": {"actions": []}}, False),
+            ):
+                request = json.dumps({"id": identity, **words}).encode() + b"\n"
+                socket.send_fds(wire, [request], [file.fileno()] if words["execute"] == "getfd" else [])
+                assert json.loads(lines.readline()) == {"return": {}, "id": identity}
+                assert _has_open(pid, os.fstat(file.fileno())) == is_held, words
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.path.samestat(entry.stat(), file):
+                return True
+    return False
 
 
 # -- what it does ------------------------------------------------------------------------------------------------------
@@ -410,17 +442,35 @@ def _odd_answers(command: str) -> list[str]:
     return [spoil(command, kind, payload) for kind, payload in [*first, *rest]]
 
 
+@contextlib.contextmanager
+def _naming_the_culprits(law: Law) -> Iterator[None]:
+    # What many odd guests together brought about is tried again with each alone, so that the text says which.
+    try:
+        yield
+    except AssertionError as together:
+        culprits = []
+        for odd in law.hostile:
+            try:
+                outcome = Law(law.victims, [odd]).run("status", odd.source)
+                assert outcome.code == 0, str(outcome)
+            except AssertionError as alone:
+                culprits.append(f"{odd.answers[0][:120]!r}: {str(alone).splitlines()[0][-200:]}")
+        raise AssertionError("\n".join([str(together).splitlines()[0], *culprits])) from together
+
+
 @pytest.mark.parametrize("command", ODD)
 def test_one_odd_guest_is_one_row_of_status(command: str, victims: Victims) -> None:
     with ExitStack() as ending:
         odd = [ending.enter_context(hostile_qemu(answers=[line], memory_mib=8)) for line in _odd_answers(command)]
         law = Law(victims, odd)
         sources = [*(each.source for each in odd), *victims.sources]
-        shown = law.run("status", *sources)
-        assert shown.code == 0, f"one odd guest ended the look at all: {shown}"
-        rows = {row["pid"]: row for row in law.run("status", *sources, "--json").json}
-        for victim in victims.pair:
-            assert rows[victim.guest.pid]["refusals"] == []
+        with _naming_the_culprits(law):
+            shown = law.run("status", *sources)
+            assert shown.code == 0, f"one odd guest ended the look at all: {shown}"
+            rows = {row["pid"]: row for row in law.run("status", *sources, "--json").json}
+            assert set(rows) == {int(source.removeprefix("qemu:")) for source in sources}
+            for victim in victims.pair:
+                assert rows[victim.guest.pid]["refusals"] == []
 
 
 @pytest.mark.parametrize("command", ODD)
@@ -431,11 +481,17 @@ def test_odd_answers_to_every_command(command: str, victims: Victims) -> None:
         law = Law(victims, odd)
         sources = [*(each.source for each in odd), *victims.sources]
         law.run("share", *sources, "--group", "all")
-        for each in odd:
-            law.run("estimate", each.source, *victims.sources, "--group", "all")
         for action in ("audit", "unshare", "detach"):
             law.run(action, *sources)
         law.leave()
+
+
+@pytest.mark.parametrize("command", ["greeting", "query-memdev", "hmp:info mtree", "hmp:gpa2hva"])
+def test_odd_answers_to_an_estimate(command: str, victims: Victims) -> None:
+    """One by one: an estimate that cannot look into one of its sources ends."""
+    for line in _odd_answers(command):
+        with hostile_qemu(answers=[line], memory_mib=8) as odd:
+            Law(victims, [odd]).run("estimate", odd.source)
 
 
 NEVER: Final = (
@@ -444,7 +500,7 @@ NEVER: Final = (
 )
 
 
-@pytest.mark.parametrize("command", ["greeting", "query-status", "hmp:info mtree", "qmp_capabilities"])
+@pytest.mark.parametrize("command", ["greeting", "query-status"])
 @pytest.mark.parametrize(("kind", "payload"), NEVER, ids=[kind for kind, _ in NEVER])
 def test_answers_that_do_not_end(command: str, kind: str, payload: str, victims: Victims) -> None:
     with hostile_qemu(answers=[spoil(command, kind, payload)]) as hostile:
@@ -454,21 +510,22 @@ def test_answers_that_do_not_end(command: str, kind: str, payload: str, victims:
         for victim in victims.pair:
             assert rows[victim.guest.pid]["refusals"] == []
         law.run("share", *sources, "--group", "all")
-        if kind == "silent":
-            for action in ("audit", "unshare", "detach"):
-                law.run(action, *sources)
-            law.run("estimate", *sources, "--group", "all")
         law.leave()
 
 
+@pytest.mark.parametrize("action", ["estimate", "audit", "unshare", "detach"])
+def test_no_answer_where_its_memory_is(action: str, victims: Victims) -> None:
+    with hostile_qemu(answers=[spoil("hmp:info mtree", "silent")]) as hostile:
+        Law(victims, [hostile]).run(action, hostile.source, *victims.sources)
+
+
 @pytest.mark.parametrize("command", ["add-fd", "getfd", "closefd", "remove-fd", "transaction"])
-@pytest.mark.parametrize("kind", ["silent", "endless", "events"])
+@pytest.mark.parametrize("kind", ["silent", "endless"])
 def test_answers_that_do_not_end_while_a_guest_is_attached(command: str, kind: str, victims: Victims) -> None:
     with hostile_qemu(answers=[spoil(command, kind)]) as hostile:
         law = Law(victims, [hostile])
         sources = [hostile.source, *victims.sources]
         law.run("share", *sources, *CREW)
-        law.run("unshare", *sources)
         law.run("detach", *sources)
         law.leave()
 
