@@ -52,6 +52,8 @@ MODES: Final[Mapping[str, str]] = {
     "overwritten@agent": "row 6: writes over every file that it was handed",
     "scribble-ff@agent": "row 6: fills the control area's data with ones, all the time",
     "scribble-02@uffd": "row 6: fills the control area's data with twos, all the time",
+    "scribble-random@agent": "row 6: fills the control area's data with random bytes, all the time",
+    "scribble-random@pool": "row 6: the same, from the time on when pages are on frames",
     "huge-layout": "row 11: has two tebibytes of memory that is not there",
     "tid-forged@agent": "row 13: the control area names a thread of its own as the agent",
     "many-mappings": "row 14: has 60,000 mappings with long names",

@@ -202,12 +202,14 @@ static void forge_word(long offset, uint32_t value)
         }
 }
 
-static void scribble(uint8_t with)
+/* Fill all of the control area's data; a negative value: with random bytes. */
+static void scribble(int with)
 {
     struct range found[8];
     int count = find_mappings("/memfd:memshr", "rw-s", found, 8);
     for (int i = 0; i < count; i++) {
-        memset((void *)found[i].start, with, PAGE);
+        for (uintptr_t at = found[i].start; at < found[i].end; at += sizeof(uint32_t))
+            *(volatile uint32_t *)at = with < 0 ? (uint32_t)random() : (uint32_t)with * 0x01010101u;
         acted();
     }
 }
@@ -387,6 +389,16 @@ static void overwrite_all(void)
         acted();
 }
 
+/* Take what somebody sends to us, descriptors too: they stay in our table. */
+static void steal(int from)
+{
+    char words[4096], control[CMSG_SPACE(sizeof(int) * 8)];
+    struct iovec piece = {words, sizeof words};
+    struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1, .msg_control = control,
+                             .msg_controllen = sizeof control};
+    recvmsg(from, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+}
+
 static void disturb_sockets(void)
 {
     static char words[4096];
@@ -399,7 +411,7 @@ static void disturb_sockets(void)
         if (is("wire-flood"))
             send(kept[i], words, sizeof words, MSG_DONTWAIT | MSG_NOSIGNAL);
         else if (is("wire-steal"))
-            recv(kept[i], words, sizeof words, MSG_DONTWAIT);
+            steal(kept[i]);
         else
             shutdown(kept[i], SHUT_RDWR);
         acted();
@@ -455,6 +467,8 @@ static void *attack(void *nothing)
             scribble(0xff);
         else if (is("scribble-02"))
             scribble(0x02);
+        else if (is("scribble-random"))
+            scribble(-1);
         else if (is("truncated"))
             truncate_all();
         else if (is("overwritten"))
