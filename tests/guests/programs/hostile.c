@@ -707,7 +707,9 @@ static bool answer_as(const char *command, const char *ordinary, const char *id)
             say(ordinary, strlen(ordinary));
             say(ordinary, strlen(ordinary));
         } else if (!strcmp(kind, "wrong-id")) {
-            say("{\"return\": {\"status\": \"evil\", \"running\": true}, \"id\": \"of somebody else\"}\r\n", 76);
+            static const char other[] =
+                "{\"return\": {\"status\": \"evil\", \"running\": true}, \"id\": \"of somebody else\"}\r\n";
+            say(other, sizeof other - 1);
             say(ordinary, strlen(ordinary));
         } else if (!strcmp(kind, "hangup")) {
             shutdown(serving, SHUT_RDWR);
