@@ -430,7 +430,7 @@ ODD: Final[dict[str, tuple[tuple[str, str], ...]]] = {
 """a question of memshr -> answers that are no proper answer to it, besides those that are none to any question"""
 
 _REFUSALS: Final = ("null", "5", "{}", '{"class": 5, "desc": []}', f'{{"class": "{ESCAPES}", "desc": "{ESCAPES}"}}')
-_NO_ANSWERS: Final = ("not JSON", "[]", "5", "null", '{"return": 1', "\x00\x01\x1b[2J", '{"return": {}, "error": {}}')
+_NO_ANSWERS: Final = ("not JSON", "[]", "5", "null", '{"return": 1', "\x00\x01\x1b[2J")
 
 
 def _odd_answers(command: str) -> list[str]:
