@@ -168,6 +168,8 @@ def _judge_root(hostile: HostileQemu, outcome: Outcome) -> None:
         if Path(f"/proc/{hostile.pid}/exe").readlink().name == "canary":
             maps = Path(f"/proc/{hostile.pid}/maps").read_text()
             assert "memfd:" not in maps, f"root's program has strange memory after {outcome}: {maps}"
+            for [address] in hostile.reported("guarded"):
+                assert f"{int(address):x}-" in maps, f"root's program has lost memory to {outcome}"
             threads = len(list(Path(f"/proc/{hostile.pid}/task").iterdir()))
             assert threads == 1, f"root's program has {threads} threads after {outcome}"
 
@@ -306,6 +308,16 @@ def test_its_pool_does_not_become_that_of_another_group(victims: Victims) -> Non
         assert hostile.acted
         law.run("detach", hostile.source)
         law.leave()
+
+
+def test_what_it_turns_into_while_it_is_left_is_not_touched(victims: Victims) -> None:
+    """A race, which is run several times: root's program must have its memory before it can lose it."""
+    for _ in range(RACES):
+        with hostile_qemu("exec-at-detach", pages=2 * common_pages()) as hostile:
+            law = Law(victims, [hostile])
+            law.run("share", hostile.source)
+            law.run("detach", hostile.source)
+            assert hostile.acted
 
 
 def test_no_thread_that_it_names_stays_urgent(victims: Victims) -> None:

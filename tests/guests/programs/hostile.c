@@ -505,9 +505,16 @@ static void *attack(void *nothing)
             madvise(pages, 128 * PAGE, MADV_DONTNEED);
             acted();
         } else if (is("exec-at-detach")) {
-            if (agent_is_gone()) {
+            static struct range place;
+            if (!place.start && !find_mappings("/memfd:memshr", "r-x", &place, 1))
+                place.start = 0;
+            if (place.start && agent_is_gone()) {
+                char start[32], bytes[32];
+                snprintf(start, sizeof start, "%lu", place.start);
+                snprintf(bytes, sizeof bytes, "%lu", PAGE);
+                report("guarded %s\n", start);
                 acted();
-                execl(canary, "canary", (char *)NULL);
+                execl(canary, "canary", start, bytes, (char *)NULL);
                 die("execl");
             }
             continue;
