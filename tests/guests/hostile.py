@@ -6,6 +6,7 @@ QMP answers that memshr believes. ``MODES`` says what it can do besides; ``spoil
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -158,6 +159,7 @@ class HostileQemu:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=stderr,
+                    start_new_session=True,
                     pass_fds=[] if device is None else [device],
                 )
         finally:
@@ -222,8 +224,8 @@ class HostileQemu:
     def kill(self) -> None:
         """End it, whatever it has become, and remove its folder."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGCONT)
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # with the child that answers for what it has become
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -529,6 +529,10 @@ static void *attack(void *nothing)
    child, which has inherited the connection, goes on answering for us. */
 static void turn_into_canary(int number)
 {
+    static bool turned;
+    if (turned)
+        return;
+    turned = true;
     pid_t parent = getpid();
     pid_t child = fork();
     if (child) {
