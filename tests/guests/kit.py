@@ -177,6 +177,30 @@ def build_freestanding() -> Path:
     return built
 
 
+def build_hostile() -> Path:
+    """The program of a hostile QEMU (guests.hostile): linked statically, so that it also runs in a root of its own.
+
+    :raises MissingPartError: there is no compiler that links statically.
+    """
+    return _built_program("hostile")
+
+
+def build_canary() -> Path:
+    """A program that does nothing for ever: what a hostile QEMU turns into.
+
+    :raises MissingPartError: there is no compiler that links statically.
+    """
+    return _built_program("canary")
+
+
+def _built_program(name: str) -> Path:
+    built = _cached(name, [PROGRAMS / f"{name}.c"])
+    if not built.exists():
+        with _replacing(built) as unfinished:
+            compile_c([PROGRAMS / f"{name}.c", "-static", "-O2", "-pthread"], unfinished)
+    return built
+
+
 def compile_c(arguments: list[str | Path], output: Path) -> None:
     """Compile with the C compiler of this machine; every warning is an error.
 

@@ -18,8 +18,8 @@ class QtestGuest(Machine):
     write-protected through userfaultfd, say) makes QMP wait too, as a write of a processor would not.
     """
 
-    def __init__(self, name: str, qemu: Path, *, memory_mib: int = 64) -> None:
-        super().__init__(name, qemu, memory_mib=memory_mib)
+    def __init__(self, name: str, qemu: Path, *, memory_mib: int = 64, user: str | None = None) -> None:
+        super().__init__(name, qemu, memory_mib=memory_mib, user=user)
         self._socket: socket.socket | None = None
 
     def boot(self, arguments: Sequence[str] = ()) -> Self:
