@@ -67,7 +67,7 @@ from memshr.qemu.monitor import Monitor
 IOVEC = np.dtype([("base", "<u8"), ("length", "<u8")])
 """struct iovec (``linux/uio.h``)"""
 
-ANSWER_DEADLINE_S: Final = 10.0
+ANSWER_DEADLINE_S: Final = 5.0
 """How long a table may wait for the thread, and how long it may then take."""
 
 _IDLE, _POSTED, _UNDER_WAY, _DONE = 0, 1, 2, 4

@@ -243,7 +243,9 @@ def select_guests(selector: str) -> list[GuestProcess]:
     guests = find_guests()
     if wanted == "all" and not given_path:
         return guests
-    matching = [guest for guest in guests if guest.name == wanted or str(guest.pid) == wanted]
+    # A number is a pid first: a guest may be given any name, also the number of another.
+    matching = [guest for guest in guests if str(guest.pid) == wanted]
+    matching = matching or [guest for guest in guests if guest.name == wanted]
     if not matching:
         names = ", ".join(f"{guest.name} ({guest.pid})" for guest in guests) or "none"
         raise NoSuchDomainError(f"no QEMU guest is called {wanted}", remedy=f"guests that run here: {names}")

@@ -40,8 +40,8 @@ from typing import Any, Self, TypeVar
 from memshr.errors import BackendError, ConnectionLostError, PermissionDeniedError, UnsupportedError, printable
 
 GREETING_DEADLINE_S = 3.0
-ANSWER_DEADLINE_S = 60.0
-PATIENCE_S = 180.0
+ANSWER_DEADLINE_S = 10.0
+PATIENCE_S = 30.0
 """How long the answers of one connection may take together."""
 
 MOST_BYTES = 16 << 20
