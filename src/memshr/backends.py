@@ -278,7 +278,7 @@ def _domain_subjects(stack: contextlib.ExitStack, sources: Sequence[str]) -> dic
     for source in dict.fromkeys(sources):
         ours = [domid for domid in select_domains(xen, [source]) if domid not in seen]
         seen.update(ours)
-        subjects[source] = [Subject(DomainSource(xen, domid, lock), "xen") for domid in ours]
+        subjects[source] = [Subject(DomainSource(xen, domid, lock), "xen", domid=domid) for domid in ours]
     return subjects
 
 

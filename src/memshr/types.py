@@ -107,6 +107,19 @@ class DomainInfo:
     pause_count: int = 0
     dying: bool = False
     kind: DomainKind = DomainKind.HVM
+    crashed: bool = False
+    """It has stopped by a crash and waits for its toolstack to take it away; its memory is all there still."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingRequest:
+    """An entry of a domain's sharing ring: a page that could not be unshared for lack of memory.
+
+    ``vcpu`` is the one that waits until it is answered; None if the control domain asked, which does not wait.
+    """
+
+    gfn: Gfn
+    vcpu: int | None
 
 
 HUGE_PAGE_PAGES = 512

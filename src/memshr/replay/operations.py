@@ -320,8 +320,20 @@ class Operations:
         return Answer()
 
     @_operation(_dom())
+    def ring_requests(self, dom: DomId) -> Answer:
+        """What lies in the ring unanswered; rc is how many requests there are."""
+        requests = [{"gfn": each.gfn, "vcpu": each.vcpu} for each in self.hypervisor.ring_requests(dom)]
+        return Answer(len(requests), values={"requests": requests})
+
+    @_operation(_dom(), _number("count", None))
+    def ring_respond(self, dom: DomId, count: int | None) -> Answer:
+        """Put responses to the oldest count requests into the ring; to all if count is left out."""
+        self.hypervisor.ring_respond(dom, count)
+        return Answer()
+
+    @_operation(_dom())
     def domain_resume(self, dom: DomId) -> Answer:
-        """Let vCPUs that wait for memory try again."""
+        """Let vCPUs whose requests are answered in the ring try again."""
         self.hypervisor.domain_resume(dom)
         return Answer()
 
