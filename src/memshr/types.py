@@ -169,16 +169,18 @@ class AuditFinding:
 class AuditReport:
     """The result of an audit: every finding, and the number that Xen's own audit would have returned.
 
-    ``counters`` are those of the books that were audited.
+    ``counters`` are those of the books that were audited. ``xen_errors`` is None where Xen's own audit was not to be
+    had. ``unchecked`` says, in a line each, what was not checked and why.
     """
 
     findings: tuple[AuditFinding, ...]
-    xen_errors: int
+    xen_errors: int | None
     counters: Counters
+    unchecked: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
-        """True if nothing is wrong, by our judgement and by Xen's."""
+        """True if nothing was found to be wrong, by our judgement and by Xen's."""
         return not self.findings and not self.xen_errors
 
 

@@ -293,7 +293,12 @@ class Operations:
     def audit(self) -> Answer:
         """Check the books; answers the number of errors that Xen's audit counts, and every finding of ours."""
         report = self.hypervisor.audit()
-        return Answer(report.xen_errors, values={"findings": [str(finding) for finding in report.findings]})
+        values: dict[str, object] = {"findings": [str(finding) for finding in report.findings]}
+        if report.unchecked:
+            values["unchecked"] = list(report.unchecked)
+        if report.xen_errors is None:
+            return Answer(-1, Status.ENOSYS, values=values, error="audit: this Xen has none; this is our own")
+        return Answer(report.xen_errors, values=values)
 
     @_operation()
     def freed_pages(self) -> Answer:

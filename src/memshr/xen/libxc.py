@@ -43,20 +43,19 @@ class Abi:
     """sizeof(xc_domaininfo_t) on x86-64: ``gpaddr_bits`` and its padding came with 4.16."""
     fork_reset_has_flags: bool
     """xc_memshr_fork_reset takes what to reset, since 4.17; before, it always resets both."""
-    createdomain_fields: tuple[str, ...] = ()
-    """Of struct xen_domctl_createdomain, what lies between max_maptrack_frames and the end; () if it was not
-    checked against a header. Only throw-away domains need it."""
+    createdomain_fields: tuple[str, ...]
+    """Of struct xen_domctl_createdomain, what lies between max_maptrack_frames and the end. Only throw-away domains
+    need it."""
 
 
 _EMULATION = ("emulation_flags", "misc_flags")
 
 RELEASES: dict[Release, Abi] = {
-    # Fields marked () are known from xen-devel only; all that sharing itself needs is the same there as around it.
     Release(4, 14): Abi(104, False, ("emulation_flags",)),
-    Release(4, 15): Abi(104, False),
+    Release(4, 15): Abi(104, False, ("vmtrace_size", *_EMULATION)),
     Release(4, 16): Abi(112, False, ("grant_opts", "vmtrace_size", *_EMULATION)),
     Release(4, 17): Abi(112, True, ("grant_opts", "vmtrace_size", "cpupool_id", *_EMULATION)),
-    Release(4, 18): Abi(112, True),
+    Release(4, 18): Abi(112, True, ("grant_opts", "vmtrace_size", "cpupool_id", *_EMULATION)),
     Release(4, 19): Abi(112, True, ("grant_opts", "altp2m_opts", "vmtrace_size", "cpupool_id", *_EMULATION)),
     Release(4, 20): Abi(112, True, ("grant_opts", "altp2m_opts", "vmtrace_size", "cpupool_id", *_EMULATION)),
 }
@@ -98,13 +97,8 @@ def domaininfo_dtype(release: Release) -> np.dtype[np.void]:
 
 
 def createdomain_dtype(release: Release) -> np.dtype[np.void]:
-    """struct xen_domctl_createdomain (xen/domctl.h) of a release.
-
-    :raises UnsupportedError: the layout of that release was not checked against its header.
-    """
+    """struct xen_domctl_createdomain (xen/domctl.h) of a release."""
     fields = RELEASES[release].createdomain_fields
-    if not fields:
-        raise UnsupportedError(f"memshr does not know how to create a domain on Xen {release}")
     head = ("flags", "iommu_opts", "max_vcpus", "max_evtchn_port", "max_grant_frames", "max_maptrack_frames")
     return np.dtype([("ssidref", "<u4"), ("handle", "V16"), *((name, "<u4") for name in head + fields)])
 
@@ -114,8 +108,16 @@ class DominfFlag(enum.IntFlag):
 
     DYING = 1 << 0
     HVM_GUEST = 1 << 1
+    SHUTDOWN = 1 << 2
     PAUSED = 1 << 3
     HAP = 1 << 8
+
+
+DOMINF_SHUTDOWN_SHIFT = 16
+DOMINF_SHUTDOWN_MASK = 255
+"""XEN_DOMINF_shutdownshift and XEN_DOMINF_shutdownmask of xen/domctl.h: where the flags tell why it was shut down."""
+SHUTDOWN_CRASH = 3
+"""SHUTDOWN_crash of xen/sched.h."""
 
 
 class CreateFlag(enum.IntFlag):
@@ -131,6 +133,21 @@ GRANT_VERSION_1 = 1
 """XEN_DOMCTL_GRANT_version(1) of xen/domctl.h."""
 SHADOW_OP_SET_ALLOCATION = 31
 """XEN_DOMCTL_SHADOW_OP_SET_ALLOCATION of xen/domctl.h."""
+HVM_PARAM_SHARING_RING_PFN = 29
+"""xen/hvm/params.h: the parameter that holds the gfn of the sharing ring's page; 0: there is none."""
+RING_ENTRIES_OFFSET = 64
+"""Where the entries begin in a shared ring page (xen/io/ring.h)."""
+RING_PAD_OFFSET = 20
+RING_PAD_BYTES = 44
+"""What nobody uses in front of them."""
+VM_EVENT_VERSION = 7
+VM_EVENT_BYTES = 400
+VM_EVENT_GFN_OFFSET = 24
+VM_EVENT_VCPU_PAUSED = 1
+VM_EVENT_REASON_MEM_SHARING = 2
+"""VM_EVENT_INTERFACE_VERSION of xen/vm_event.h, and of that version: the size of an entry, where the gfn of a sharing
+event lies in it, VM_EVENT_FLAG_VCPU_PAUSED and VM_EVENT_REASON_MEM_SHARING. Every entry begins with four uint32_t:
+version, flags, reason, vcpu_id."""
 XENVER_VERSION = 0
 XENVER_EXTRAVERSION = 1
 EXTRAVERSION_BYTES = 16
@@ -178,6 +195,8 @@ PROTOTYPES: tuple[Prototype, ...] = (
     _xc("xc_domain_getinfolist", _DOMID, c_uint, _ADDRESS),
     _xc("xc_domain_maximum_gpfn", _DOMID, POINTER(c_ulong)),
     _xc("xc_domain_get_pod_target", _DOMID, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint64)),
+    _xc("xc_hvm_param_get", _DOMID, c_uint32, POINTER(c_uint64)),
+    _xc("xc_availheap", c_int, c_int, c_int, POINTER(c_uint64)),
     _xc("xc_domain_pause", _DOMID),
     _xc("xc_domain_unpause", _DOMID),
     _xc("xc_readconsolering", _ADDRESS, POINTER(c_uint), c_int, c_int, POINTER(c_uint32)),
@@ -238,6 +257,8 @@ class Libxc:
     xc_domain_getinfolist: Function
     xc_domain_maximum_gpfn: Function
     xc_domain_get_pod_target: Function
+    xc_hvm_param_get: Function
+    xc_availheap: Function
     xc_domain_pause: Function
     xc_domain_unpause: Function
     xc_readconsolering: Function

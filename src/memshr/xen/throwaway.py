@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -20,9 +20,11 @@ from memshr.hypervisor import Hypervisor, error_of
 from memshr.types import PAGE_SIZE, DomId, Gfn
 from memshr.xen import libxc
 from memshr.xen.connection import Connection
-from memshr.xen.hypervisor import XenHypervisor
 from memshr.xen.libxc import CreateFlag, Release
 from memshr.xen.mappings import Mappings
+
+if TYPE_CHECKING:
+    from memshr.xen.hypervisor import XenHypervisor
 
 _PAGE_TABLE_MIB = 4
 _SLACK_PAGES = 64
@@ -53,7 +55,6 @@ class ThrowawayDomains:
         """A new domain, paused, with ``pages`` pages of RAM from gfn 0 on.
 
         :param slack_pages: how far max_pages lies above that.
-        :raises UnsupportedError: how to create a domain on this release is not known.
         :raises BackendError: the hypervisor refuses; the text says at which step.
         """
         functions, xch = self._connection.libxc, self._connection.xch
