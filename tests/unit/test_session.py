@@ -634,6 +634,7 @@ def test_json_is_plain_and_its_keys_are_stable() -> None:
     assert list(report) == [
         *("total_pages", "absent_pages", "zero_pages", "unique_pages", "shared_pages", "intra_pages", "inter_pages"),
         *("saved_pages", "counters", "audit_findings", "domains", "pairs", "dropped", "collisions", "stopped"),
+        *("left_out", "audit_unchecked"),
     ]
     assert report["counters"] == {"freed_pages": 2, "used_frames": 1}
     assert list(report["domains"][0]) == [

@@ -32,7 +32,16 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.errors import CallError, DomainError, InvariantError, MemshrError, NotSharableError, Status
+from memshr.errors import (
+    CallError,
+    DomainDyingError,
+    DomainError,
+    InvariantError,
+    MemshrError,
+    NoSuchDomainError,
+    NotSharableError,
+    Status,
+)
 from memshr.hypervisor import Capability, Hypervisor, error_of
 from memshr.sharing.candidates import Classes, Rows, classify, repeated
 from memshr.sharing.figures import GroupFigures, sharing_report
@@ -118,7 +127,8 @@ def share(
     :raises BackendError: the host cannot go on; what was nominated and not shared has been taken back as far as the
         host still answers.
 
-    A domain that goes away in mid-run is skipped. When the host runs out of memory the session stops, and the report
+    A domain that goes away in mid-run is skipped, and so is one that the hypervisor refuses, with its reason in the
+    report. When the host runs out of memory the session stops, and the report
     says so. Running it again over the same domains finds what is new.
 
     Cost: reading all memory once, plus nominating, comparing and sharing the candidates. Memory: two buffers, some 40
@@ -251,8 +261,10 @@ class _GroupSession:
             try:
                 populated[domid] = self._hypervisor.populated_ranges(domid)
                 figures.total_pages = int(populated[domid][:, 1].sum())
-            except DomainError:
+            except (NoSuchDomainError, DomainDyingError):
                 figures.gone = True
+            except DomainError as error:
+                figures.refusal = str(error)
         return populated
 
     def _shares_already(self) -> bool:
@@ -285,8 +297,11 @@ class _GroupSession:
                     scan = scanner.scan(domid, gfns, advance)
                 else:
                     scan = scanner.scan_sharing(domid, gfns, frames, advance)
-            except DomainError:
+            except (NoSuchDomainError, DomainDyingError):
                 figures.gone = True
+                continue
+            except DomainError as error:
+                figures.refusal = str(error)
                 continue
             figures.dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
             found.append(_scanned(domid, scan, frames))
@@ -618,7 +633,10 @@ class _GroupSession:
             lost = statuses == Status.S_HANDLE_INVALID
             if (statuses == Status.ESRCH).any():
                 lost |= (statuses == Status.ESRCH) & np.isin(pages.domids[sources], self._gone_domids(pages))
-            failed = ~shared & ~lost
+            # A frame of an earlier session that the hypervisor does not give up: nothing has happened to it, and its
+            # contents were compared. It is counted as what it is, a frame more than is needed.
+            unmoved = (statuses == Status.EBUSY) & ~batch.fresh[clients]
+            failed = ~shared & ~lost & ~unmoved
             kept[clients[failed]] = False
             self._drop_by_status(pages[clients[failed]], statuses[failed], _SHARE_REASONS)
             clients = clients[lost]
@@ -648,7 +666,7 @@ class _GroupSession:
         for domid in np.unique(pages.domids).tolist():
             try:
                 self._hypervisor.domain_info(domid)
-            except DomainError:
+            except (NoSuchDomainError, DomainDyingError):
                 self._figures.domains[domid].gone = True
                 gone.append(domid)
         return gone

@@ -226,7 +226,7 @@ class XenHypervisor:
         :raises RefusedDomainError: dom0, PV, shadow paging, a passed-through device, populate-on-demand pages.
         :raises UnsupportedError: this Xen shares no domain's pages.
         """
-        self._need_sharing(call)
+        self.need_sharing(call)
         self._look_at(domid, call)
         if (status := self._first(domid, call)) != Status.OK:
             raise self._error(call, status, domid)
@@ -350,7 +350,7 @@ class XenHypervisor:
 
     def control(self, domid: DomId, enable: bool) -> None:
         """See the seam."""
-        self._need_sharing("control")
+        self.need_sharing("control")
         self._enabled.discard(domid)
         if self._libxc.xc_memshr_control(self._xch, domid, int(enable)) < 0:
             status = self._status("control")
@@ -613,7 +613,7 @@ class XenHypervisor:
 
     def unshare_gfn(self, domid: DomId, gfn: Gfn) -> None:
         """See the seam: the page is mapped writably, and nothing is written."""
-        self._need_sharing("unshare_gfn")
+        self.need_sharing("unshare_gfn")
         status = self.unshare_gfns(PageArray.of_domain(domid, np.array([gfn], np.int64)))[0]
         if status != Status.OK:
             raise self._error("unshare_gfn", int(status), domid, gfn)
@@ -630,7 +630,7 @@ class XenHypervisor:
 
     def debug_gfns(self, pages: PageArray) -> NDArray[np.int64]:
         """See the seam. Cost: one hypercall a page."""
-        self._need_sharing("debug_gfns")
+        self.need_sharing("debug_gfns")
         named = {domid: self._first(domid, "debug_gfns") == Status.OK for domid in np.unique(pages.domids).tolist()}
         debug, xch = self._debug, self._xch
         answers = [
@@ -658,7 +658,7 @@ class XenHypervisor:
         all of their shared pages are found or the time is up. Xen leaves its audit out of release builds; then
         ``xen_errors`` is None.
         """
-        self._need_sharing("audit")
+        self.need_sharing("audit")
         try:
             return Auditor(self, self._connection, patience_s).run()
         finally:
@@ -666,7 +666,7 @@ class XenHypervisor:
 
     def counters(self) -> Counters:
         """See the seam."""
-        self._need_sharing("counters")
+        self.need_sharing("counters")
         freed = self._libxc.xc_sharing_freed_pages(self._xch)
         used = self._libxc.xc_sharing_used_frames(self._xch)
         if freed < 0 or used < 0:
@@ -678,7 +678,7 @@ class XenHypervisor:
 
     def nominate_gfns(self, pages: PageArray) -> tuple[Handles, Statuses]:
         """See the seam. Cost: one hypercall a page."""
-        self._need_sharing("nominate_gfns")
+        self.need_sharing("nominate_gfns")
         count = len(pages)
         handles = np.zeros(count, np.uint64)
         statuses = np.zeros(count, np.int32)
@@ -716,7 +716,7 @@ class XenHypervisor:
         self, sources: PageArray, source_handles: Handles, clients: PageArray, client_handles: Handles
     ) -> Statuses:
         """See the seam; EBUSY where share_gfns would raise BusyPageError. Cost: two hypercalls a row."""
-        self._need_sharing("share_gfns_many")
+        self.need_sharing("share_gfns_many")
         rows = zip(
             *(sources.domids.tolist(), sources.gfns.tolist(), source_handles.tolist()),
             *(clients.domids.tolist(), clients.gfns.tolist(), client_handles.tolist()),
@@ -726,7 +726,7 @@ class XenHypervisor:
 
     def unshare_gfns(self, pages: PageArray) -> Statuses:
         """See the seam. Cost: one writable mapping for BATCH_PAGES pages of one domain."""
-        self._need_sharing("unshare_gfns")
+        self.need_sharing("unshare_gfns")
         return self._by_domain(pages, "unshare_gfn", lambda domid, rows: self._mappings.touch(domid, pages.gfns[rows]))
 
     def release_zero_pages(self, pages: PageArray, handles: Handles) -> Statuses:
@@ -737,7 +737,7 @@ class XenHypervisor:
 
     def ring_enable(self, domid: DomId) -> int:
         """See the seam. The domain is paused meanwhile, so that no request comes before its page is initialised."""
-        self._need_sharing("ring_enable")
+        self.need_sharing("ring_enable")
         if not self._known(domid) or domid == 0:
             raise self._error("ring_enable", Status.EINVAL if domid == 0 else Status.ESRCH, domid)
         ring = SharingRing(self._connection, self._mappings, domid)
@@ -760,7 +760,7 @@ class XenHypervisor:
 
     def ring_disable(self, domid: DomId) -> None:
         """See the seam."""
-        self._need_sharing("ring_disable")
+        self.need_sharing("ring_disable")
         if self._libxc.xc_memshr_ring_disable(self._xch, domid) < 0:
             raise self._error("ring_disable", self._status("ring_disable"), domid)
         self._responses.pop(domid, None)
@@ -783,7 +783,7 @@ class XenHypervisor:
             self._responses[domid] = responses
 
     def _ring(self, domid: int, call: str) -> SharingRing:
-        self._need_sharing(call)
+        self.need_sharing(call)
         if domid == 0 or not self._known(domid):
             raise self._error(call, Status.EPERM if domid == 0 else Status.ESRCH, domid)
         ring = SharingRing(self._connection, self._mappings, domid)
@@ -883,7 +883,8 @@ class XenHypervisor:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def _need_sharing(self, call: str) -> None:
+    def need_sharing(self, call: str) -> None:
+        """See that memory sharing is built into this Xen. :raises UnsupportedError: it is not."""
         if not self._sharing:
             raise errors.UnsupportedError(
                 f"{call}: this Xen {self.facts.version} was built without memory sharing",
@@ -910,7 +911,7 @@ class XenHypervisor:
         # the other call that enables goes first, once for each domain; its answer is the same.
         if domid in self._enabled:
             return Status.OK
-        self._need_sharing(call)
+        self.need_sharing(call)
         if not 0 < domid < _FIRST_RESERVED_DOMID:
             return Status.OK  # Xen has answers of its own for these, before it enables anything
         if self._libxc.xc_memshr_control(self._xch, domid, 1) < 0:

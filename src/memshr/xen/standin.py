@@ -108,6 +108,8 @@ class StandIn:
     """The pages at which Xen 4.17 would have died: given up while a third domain had them."""
     deaths: list[str] = field(default_factory=list)
     """What else would have hung or killed it, in words."""
+    free_pages: int | None = None
+    """What the host says that it has; None: the truth."""
     console: bytes = b""
     before: dict[str, list[Callable[[], None]]] = field(default_factory=lambda: defaultdict(list))
     """What happens just before a function is called, once each."""
@@ -232,7 +234,7 @@ class StandIn:
         value[0] = self._domain(domid).hvm_params.get(parameter, 0)
 
     def xc_availheap(self, _min_width: int, _max_width: int, _node: int, available: Any) -> None:
-        free = self.embedded.memory.free_pages
+        free = self.embedded.memory.free_pages if self.free_pages is None else self.free_pages
         available[0] = (_PLENTY_PAGES if free is None else free) * PAGE_SIZE
 
     def xc_domain_pause(self, domid: int) -> None:
