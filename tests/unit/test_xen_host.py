@@ -572,12 +572,23 @@ def selftest(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_self_test_passes_on_the_stand_in() -> None:
-    done = selftest("--stand-in")
+@pytest.mark.parametrize("build", [Build.DEBUG, Build.RELEASE])
+def test_the_self_test_passes_on_the_stand_in(build: Build) -> None:
+    done = selftest(f"--stand-in={build}")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[-1] == f"{len(lines) - 2} passed, 0 failed"
-    assert all(line.startswith("ok    ") for line in lines[1:-1])
+    unchecked = [line for line in lines if line.startswith("not checked: ")]
+    assert lines[-1] == f"{len(lines) - 2 - len(unchecked)} passed, 0 failed"
+    assert all(line.startswith("ok    ") for line in lines[1 : -1 - len(unchecked)])
+    assert any("Xen's own audit" in line for line in unchecked) == (build is Build.RELEASE)
+
+
+@pytest.mark.parametrize("build", [Build.VMX, Build.WITHOUT])
+def test_the_self_test_says_in_one_line_that_a_host_cannot_share(build: Build) -> None:
+    done = selftest(f"--stand-in={build}")
+    assert (done.returncode, len(done.stderr.splitlines())) == (3, 1)
+    assert "FAIL" not in done.stdout
+    assert {Build.VMX: "Intel", Build.WITHOUT: "built without memory sharing"}[build] in done.stderr
 
 
 def test_the_self_test_says_in_one_line_that_there_is_no_xen() -> None:

@@ -198,15 +198,15 @@ class _Count:
             self.why_unfinished = f"{name}: to ask might switch sharing on, and no domain could be made to find out"
 
     def go_through(self, maximum_gfn: Callable[[DomId], int], deadline_s: float) -> None:
-        """Ask about one gfn after the other: the low ones first, then from the highest down."""
+        """Ask about one gfn after the other, where guests have pages first: low down, and at the top."""
         if self.why_unfinished:
             return
         reach = (self.info.tot_pages + self.info.shr_pages) * SPREAD
         end = maximum_gfn(self.info.domid) + 1
-        near = min(end, NEAR_PAGES + reach)
-        far = max(near, end - reach)
+        low, near = min(end, reach + _GFNS_AT_ONCE), min(end, NEAR_PAGES + reach)
+        far = max(near, end - reach - _GFNS_AT_ONCE)
         in_time = True
-        for gfns in (range(near), range(end - 1, far - 1, -1)):
+        for gfns in (range(low), range(end - 1, far - 1, -1), range(low, near)):
             for start in range(0, len(gfns), _GFNS_AT_ONCE):
                 if in_time and self.pages < self.info.shr_pages:
                     self._ask(gfns[start : start + _GFNS_AT_ONCE])

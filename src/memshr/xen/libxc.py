@@ -225,6 +225,7 @@ PROTOTYPES: tuple[Prototype, ...] = (
     _xc("xc_domain_max_vcpus", _DOMID, c_uint),
     _xc("xc_domain_setmaxmem", _DOMID, c_uint64),
     _xc("xc_domain_populate_physmap_exact", _DOMID, c_ulong, c_uint, c_uint, _ADDRESS),
+    _xc("xc_hvm_param_set", _DOMID, c_uint32, c_uint64),
     _xc("xc_set_paging_mempool_size", _DOMID, c_uint64, optional=True),  # 4.17 and later
     _xc("xc_shadow_control", _DOMID, c_uint, POINTER(c_uint), c_uint),  # 4.16 and later; before, with other parameters
     Prototype("xenforeignmemory_open", FOREIGNMEMORY, _FMEM, (c_void_p, c_uint), "xenforeignmemory.h"),
@@ -284,6 +285,7 @@ class Libxc:
     xc_domain_max_vcpus: Function
     xc_domain_setmaxmem: Function
     xc_domain_populate_physmap_exact: Function
+    xc_hvm_param_set: Function
     xc_set_paging_mempool_size: Function | None
     xc_shadow_control: Function
     xenforeignmemory_open: Function

@@ -2,7 +2,7 @@
 
 What is known beforehand: the highest gfn that was ever populated, and how many pages there are. What costs is to look:
 one mapping for BATCH_PAGES gfns, wherever they are. Guests have their RAM from gfn 0 on, with a hole below 4 GiB; so
-all of that is looked at. What is missing then lies below the highest gfn, or in between, where it is probed in steps.
+all of that is looked at, after what is likelier. What is missing then lies in between, where it is probed in steps.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ class Search:
         """The runs of gfns that were found, ascending: rows ``first_gfn, pages``, which neither touch nor overlap."""
         reach = self._expected_pages * SPREAD
         end = self._highest // BATCH_PAGES + 1
+        low_end = min(end, reach // BATCH_PAGES + 1)
         near_end = min(end, (NEAR_PAGES + reach) // BATCH_PAGES + 1)
         far = max(near_end, end - reach // BATCH_PAGES - 1)
-        for block in range(near_end):
+        for block in range(low_end):
             if not self._scan(block) and self._complete:
                 break
-        for block in range(end - 1, far - 1, -1):
+        for block in (*range(end - 1, far - 1, -1), *range(low_end, near_end)):
             if self._complete:
                 break
             self._scan(block)

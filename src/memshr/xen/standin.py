@@ -399,6 +399,9 @@ class StandIn:
         for gfn in np.frombuffer(ctypes.string_at(gfns, count * 8), np.uint64).tolist():
             self.embedded.populate(DomId(domid), Gfn(gfn))
 
+    def xc_hvm_param_set(self, domid: int, parameter: int, value: int) -> None:
+        self.embedded.set_hvm_param(DomId(domid), parameter, value)
+
     def xc_set_paging_mempool_size(self, domid: int, _size_bytes: int) -> None:
         self._domain(domid)
 
