@@ -307,7 +307,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> XenHypervisor:
         domid = played.embedded.create_domain(name, 6)
         for gfn in range(4):
             played.embedded.write(domid, Gfn(gfn), bytes([gfn // 2]) * PAGE_SIZE)
-    for module in ("backends", "cli.share", "cli.audit", "cli.status"):
+    for module in ("cli.share", "cli.audit", "cli.status", "backends"):
         monkeypatch.setattr(f"memshr.{module}.open_xen", lambda: contextlib.nullcontext(xen))
     return xen
 

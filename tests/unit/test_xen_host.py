@@ -477,8 +477,11 @@ SEEN_FROM_OUTSIDE = {"p2m entry changed under the reverse map", "freed_pages too
 
 @pytest.mark.parametrize("fault", sorted(SEEN_FROM_OUTSIDE))
 @pytest.mark.parametrize("audits", [True, False], ids=["with Xen's audit", "without"])
-def test_planted_faults_are_found(fault: str, audits: bool) -> None:
-    stand_in, hypervisor, (first, second) = host(2)
+@pytest.mark.parametrize("bulk", [True, False], ids=["many at once", "one by one"])
+def test_planted_faults_are_found(fault: str, audits: bool, bulk: bool) -> None:
+    stand_in = StandIn(missing=frozenset() if bulk else frozenset({"xencall_open"}))
+    hypervisor = open_stand_in(stand_in)
+    first, second = (stand_in.embedded.create_domain(name, 16) for name in "AB")
     stand_in.build = Build.DEBUG if audits else Build.RELEASE
     shared(hypervisor, (first, 1), (second, 1))
     assert hypervisor.audit().clean

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memshr.xen import libxc, ring
+from memshr.xen import bulk, libxc, ring
 from memshr.xen.libxc import PROTOTYPES, RELEASES, CreateFlag, DominfFlag, Prototype, Release
 from xen_headers import INCLUDE, release_of_headers
 
@@ -152,6 +152,16 @@ def test_the_constants_are_the_headers(tmp_path: Path, header_release: Release) 
         "offsetof(vm_event_sring_t, ring)": libxc.RING_ENTRIES_OFFSET,
         "offsetof(vm_event_sring_t, __pad)": libxc.RING_PAD_OFFSET,
         "sizeof(((vm_event_sring_t *)0)->__pad)": libxc.RING_PAD_BYTES,
+        "__HYPERVISOR_memory_op": libxc.HYPERVISOR_MEMORY_OP,
+        "__HYPERVISOR_multicall": libxc.HYPERVISOR_MULTICALL,
+        "XENMEM_sharing_op": libxc.XENMEM_SHARING_OP,
+        "XENMEM_sharing_op_debug_gfn": libxc.SHARING_OP_DEBUG_GFN,
+        "sizeof(multicall_entry_t)": bulk._ENTRY.itemsize,
+        "offsetof(multicall_entry_t, result)": 8,
+        "offsetof(multicall_entry_t, args)": 16,
+        "sizeof(xen_mem_sharing_op_t)": bulk._SHARING_OP.itemsize,
+        "offsetof(xen_mem_sharing_op_t, domain)": 2,
+        "offsetof(xen_mem_sharing_op_t, u.debug.u.gfn)": 8,
         "XENVER_version": libxc.XENVER_VERSION,
         "XENVER_extraversion": libxc.XENVER_EXTRAVERSION,
         "XENVER_capabilities": libxc.XENVER_CAPABILITIES,

@@ -16,8 +16,11 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from memshr import errors
 from memshr.types import AuditFinding, AuditReport, DomainInfo, DomId
+from memshr.xen.bulk import CALLS, Bulk
 from memshr.xen.search import NEAR_PAGES, SPREAD
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ for every page asked about."""
 
 _CONSOLE_BYTES = 1 << 16
 _ATTEMPTS = 3
-_GFNS_AT_ONCE = 4096
+_GFNS_AT_ONCE = CALLS
 # What Xen's audit says on its console, and which invariant is broken then; whatever else it says is of the p2m (I3).
 # The words are those of audit() in Xen's mem_sharing.c.
 _SAID = (
@@ -118,6 +121,13 @@ class Auditor:
         return AuditFinding(invariant, None, None, None, "books that Xen's audit accepts", line, "said by Xen's audit")
 
     def _count(self) -> list[AuditFinding]:
+        bulk = Bulk(self._connection)
+        try:
+            return self._count_with(bulk)
+        finally:
+            bulk.close()
+
+    def _count_with(self, bulk: Bulk) -> list[AuditFinding]:
         # Three times at most; a count under which something changed is not judged.
         hypervisor = self._hypervisor
         # Who must not be asked is found out first: it may take a domain more, and asking enables nothing.
@@ -137,7 +147,7 @@ class Auditor:
                         "used_frames and freed_pages count other pages than the domains do",
                     )
                 ]
-            counts = [_Count(self._connection, info, askable.get(info.domid)) for info in domains]
+            counts = [_Count(bulk, info, askable.get(info.domid)) for info in domains]
             for count in counts:
                 count.go_through(hypervisor.maximum_gfn, deadline_s)
             if hypervisor.counters() != before or self._sharing() != domains:
@@ -182,8 +192,8 @@ class _Count:
     where somebody switched it off nothing is asked.
     """
 
-    def __init__(self, connection: Connection, info: DomainInfo, enabled: bool | None) -> None:
-        self._connection = connection
+    def __init__(self, bulk: Bulk, info: DomainInfo, enabled: bool | None) -> None:
+        self._bulk = bulk
         self.info = info
         self.pages = 0
         self.frames = Fraction()
@@ -220,10 +230,7 @@ class _Count:
             )
 
     def _ask(self, gfns: range) -> None:
-        debug, xch, domid = self._connection.libxc.xc_memshr_debug_gfn, self._connection.xch, self.info.domid
-        for gfn in gfns:
-            if (sharers := debug(xch, domid, gfn)) > 0:
-                self._of_sharers[sharers] += 1
-                self.pages += 1
-                if self.pages == self.info.shr_pages:
-                    return
+        sharers = self._bulk.sharers(self.info.domid, np.arange(gfns.start, gfns.stop, gfns.step))
+        shared = sharers[sharers > 0].tolist()
+        self._of_sharers.update(shared)
+        self.pages += len(shared)

@@ -148,6 +148,12 @@ VM_EVENT_REASON_MEM_SHARING = 2
 """VM_EVENT_INTERFACE_VERSION of xen/vm_event.h, and of that version: the size of an entry, where the gfn of a sharing
 event lies in it, VM_EVENT_FLAG_VCPU_PAUSED and VM_EVENT_REASON_MEM_SHARING. Every entry begins with four uint32_t:
 version, flags, reason, vcpu_id."""
+HYPERVISOR_MEMORY_OP = 12
+HYPERVISOR_MULTICALL = 13
+XENMEM_SHARING_OP = 22
+SHARING_OP_DEBUG_GFN = 3
+"""__HYPERVISOR_memory_op and __HYPERVISOR_multicall of xen/xen.h; XENMEM_sharing_op and XENMEM_sharing_op_debug_gfn of
+xen/memory.h."""
 XENVER_VERSION = 0
 XENVER_EXTRAVERSION = 1
 EXTRAVERSION_BYTES = 16
@@ -173,15 +179,16 @@ class Prototype:
     argtypes: tuple[Any, ...]
     header: str = "xenctrl.h"
     optional: bool = False
-    """It is not in every release; where it is missing the attribute is None."""
+    """It is not everywhere; where it is missing the attribute is None."""
 
 
 _XCH = c_void_p  # xc_interface *
 _FMEM = c_void_p  # xenforeignmemory_handle *
+_XCALL = c_void_p  # xencall_handle *
 _DOMID = c_uint32
 _GREF = c_uint32  # grant_ref_t, xen/grant_table.h
 _ADDRESS = c_void_p  # of an array or structure that the caller keeps alive, as a number
-XENCTRL, FOREIGNMEMORY, TOOLLOG = "xenctrl", "xenforeignmemory", "xentoollog"
+XENCTRL, FOREIGNMEMORY, TOOLLOG, XENCALL = "xenctrl", "xenforeignmemory", "xentoollog", "xencall"
 
 
 def _xc(name: str, *argtypes: Any, restype: Any = c_int, optional: bool = False) -> Prototype:
@@ -238,6 +245,12 @@ PROTOTYPES: tuple[Prototype, ...] = (
         "xenforeignmemory.h",
     ),
     Prototype("xenforeignmemory_unmap", FOREIGNMEMORY, c_int, (_FMEM, c_void_p, c_size_t), "xenforeignmemory.h"),
+    # Many hypercalls in one, where that library is there. Its soname has not changed since it came with 4.7.
+    Prototype("xencall_open", XENCALL, _XCALL, (c_void_p, c_uint), "xencall.h", optional=True),
+    Prototype("xencall_close", XENCALL, c_int, (_XCALL,), "xencall.h", optional=True),
+    Prototype("xencall2", XENCALL, c_int, (_XCALL, c_uint, c_uint64, c_uint64), "xencall.h", optional=True),
+    Prototype("xencall_alloc_buffer_pages", XENCALL, c_void_p, (_XCALL, c_size_t), "xencall.h", optional=True),
+    Prototype("xencall_free_buffer_pages", XENCALL, None, (_XCALL, c_void_p, c_size_t), "xencall.h", optional=True),
     Prototype("xtl_createlogger_stdiostream", TOOLLOG, c_void_p, (c_void_p, c_int, c_uint), "xentoollog.h"),
     Prototype("xtl_logger_destroy", TOOLLOG, None, (c_void_p,), "xentoollog.h"),
 )
@@ -292,6 +305,11 @@ class Libxc:
     xenforeignmemory_close: Function
     xenforeignmemory_map: Function
     xenforeignmemory_unmap: Function
+    xencall_open: Function | None
+    xencall_close: Function | None
+    xencall2: Function | None
+    xencall_alloc_buffer_pages: Function | None
+    xencall_free_buffer_pages: Function | None
     xtl_createlogger_stdiostream: Function
     xtl_logger_destroy: Function
 
@@ -314,6 +332,7 @@ def sonames(release: Release) -> dict[str, str]:
         XENCTRL: f"libxenctrl.so.{release}",
         FOREIGNMEMORY: "libxenforeignmemory.so.1",
         TOOLLOG: "libxentoollog.so.1",
+        XENCALL: "libxencall.so.1",
     }
 
 
@@ -330,6 +349,8 @@ def load(release: Release) -> Libxc | None:
         except OSError as error:
             if key == XENCTRL and str(error).startswith(f"{name}: cannot open"):
                 return None
+            if key == XENCALL:
+                continue  # it only saves time
             raise UnsupportedError(f"{name} cannot be loaded: {error}", remedy=f"reinstall Xen {release}") from error
     functions: dict[str, Function] = {}
     for prototype in PROTOTYPES:
@@ -337,7 +358,7 @@ def load(release: Release) -> Libxc | None:
             # SAFETY: a wrong prototype would let C read or write beyond what we pass. tests/unit/test_xen_libxc.py
             # compares each of these, and the layouts of the structures, with the header that belongs to the library.
             function = libraries[prototype.library][prototype.name]
-        except AttributeError:
+        except (AttributeError, KeyError):
             continue
         function.restype = prototype.restype
         function.argtypes = argtypes_of(prototype, release)

@@ -53,6 +53,7 @@ _FLAGS = {
 
 _RING_ENTRIES = 8
 _PLENTY_PAGES = 1 << 28
+_MULTICALL_ENTRY = struct.Struct("<QqQQ32x")
 
 
 class Build(enum.StrEnum):
@@ -468,6 +469,37 @@ class StandIn:
     def mapped_pages(self) -> int:
         """Pages that are mapped now."""
         return sum(len(mapping.pages) for mapping in self._mappings.values())
+
+    # -- many hypercalls in one --------------------------------------------------------------------------------------
+
+    def xencall_open(self, _flags: int) -> int:
+        return _SOMETHING
+
+    def xencall_close(self) -> None:
+        pass
+
+    def xencall_alloc_buffer_pages(self, count: int) -> int:
+        buffer = (ctypes.c_ubyte * (count * PAGE_SIZE))()
+        address = ctypes.addressof(buffer)
+        self._buffers[address] = buffer
+        return address
+
+    def xencall_free_buffer_pages(self, address: int, count: int) -> None:
+        assert len(self._buffers.pop(address)) == count * PAGE_SIZE
+
+    def xencall2(self, op: int, address: int, count: int) -> None:
+        # Of all that this could be: a list of questions about pages.
+        assert op == libxc.HYPERVISOR_MULTICALL
+        for entry in range(address, address + count * _MULTICALL_ENTRY.size, _MULTICALL_ENTRY.size):
+            op, _, command, argument = _MULTICALL_ENTRY.unpack_from(ctypes.string_at(entry, _MULTICALL_ENTRY.size))
+            sub_op, domid, gfn = struct.unpack("<BxHxxxxQ", ctypes.string_at(argument, 16))
+            assert (op, command) == (libxc.HYPERVISOR_MEMORY_OP, libxc.XENMEM_SHARING_OP)
+            assert sub_op == libxc.SHARING_OP_DEBUG_GFN
+            try:
+                result = self.xc_memshr_debug_gfn(domid, gfn)
+            except errors.CallError as error:
+                result = int(error.status)
+            ctypes.memmove(entry + 8, struct.pack("<q", result), 8)
 
     # -- logging -----------------------------------------------------------------------------------------------------
 
