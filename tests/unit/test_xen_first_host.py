@@ -6,6 +6,7 @@ The stand-in is asked directly first where that is not obvious: it hangs, dies o
 import contextlib
 import errno
 import json
+import random
 import secrets
 from collections.abc import Callable, Iterator
 
@@ -171,6 +172,40 @@ def test_the_figures_add_up_where_a_frame_cannot_be_joined(monkeypatch: pytest.M
         assert report.shared_pages == 40
 
 
+def test_a_frame_is_learnt_page_by_page() -> None:
+    played = StandIn()
+    one, two = filled(played, "A", [1] * 3), filled(played, "B", [1])
+    with open_stand_in(played) as xen:
+        handle = shared_pair(xen, (one, 0), (one, 1))
+        xen.share_gfns(one, Gfn(0), handle, one, Gfn(2), xen.nominate_gfn(one, Gfn(2)))
+    with open_stand_in(played) as xen:
+        source = xen.nominate_gfn(two, Gfn(0))
+        for gfn in (1, 2):
+            with pytest.raises(errors.BusyPageError):
+                xen.share_gfns(two, Gfn(0), source, one, Gfn(0), handle)
+            xen.nominate_gfns(PageArray.of_domain(one, np.array([gfn])))
+        xen.share_gfns(two, Gfn(0), source, one, Gfn(0), handle)
+        assert xen.debug_gfn(one, Gfn(1)) == 4
+    assert played.crashes == []
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whoever_shared_what_before_the_report_agrees_with_the_counters(seed: int) -> None:
+    chance = random.Random(seed)
+    played = StandIn(build=chance.choice(SHARING))
+    domids = [filled(played, name, [chance.choice([0, 1, 1, 2, 3, 4 + gfn]) for gfn in range(40)]) for name in "ABC"]
+    wider = [[(domid,) for domid in domids], [(domids[0], domids[2]), (domids[1],)], [tuple(domids)], [tuple(domids)]]
+    for groups in wider:
+        with open_stand_in(played) as xen:
+            report = session(xen, *groups, max_sharers=chance.choice([2, 3, 7, 256]))
+            assert report.saved_pages == report.counters.freed_pages
+            assert (report.audit_findings, report.left_out) == ((), ())
+        for _ in range(chance.choice([0, 5])):
+            place = chance.choice(domids), Gfn(chance.randrange(40))
+            played.embedded.write(*place, chance.choice([0, 1, 2]).to_bytes(8, "little"))
+    assert (played.crashes, played.deaths, played.mapped_pages) == ([], [], 0)
+
+
 def test_the_third_domain_is_kept_off_also_when_frames_are_learnt() -> None:
     played = StandIn()
     domids = [filled(played, name, [1] * 8) for name in "ABC"]
@@ -209,7 +244,7 @@ def test_no_domain_becomes_its_own_ancestor() -> None:
             xen.fork(other, played.embedded.create_domain("F"))
         grandchild = played.embedded.create_domain("G")
         xen.fork(child, grandchild)
-        played.embedded.write(child, Gfn(0), b"its own")
+        played.embedded.write(grandchild, Gfn(0), b"its own")
         xen.fork(child, grandchild)
     assert played.deaths == []
 
@@ -733,12 +768,13 @@ def test_more_requests_than_the_ring_holds_come_one_after_the_other() -> None:
 
 
 def test_a_guest_that_writes_into_its_ring_does_not_reach_xen_through_us() -> None:
-    for offset, word in ((8, 5), (0, 9), (8, 0xFFFFFFF0)):
+    for words in ({8: 5}, {0: 9}, {8: 0xFFFFFFF0}, {0: 0x10000000, 8: 0x10000000}):
         played = StandIn()
         domid = with_ring(played)
         with open_stand_in(played) as xen:
             xen.ring_enable(domid)
-            played.embedded.write(domid, Gfn(5), word.to_bytes(4, "little"), offset)
+            for offset, word in words.items():
+                played.embedded.write(domid, Gfn(5), word.to_bytes(4, "little"), offset)
             with pytest.raises(errors.RefusedDomainError, match="sharing ring"):
                 xen.domain_resume(domid)
         assert played.deaths == []
