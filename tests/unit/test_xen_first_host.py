@@ -103,6 +103,8 @@ CANNOT_SHARE = {Build.WITHOUT: "was built without memory sharing", Build.VMX: "o
         ["share", "xen:1", "--json"],
         ["ctl", "xen:", "nominate", "1", "0"],
         ["ctl", "xen:", "enable", "1"],
+        ["audit", "xen:"],
+        ["ctl", "xen:", "audit"],
     ],
     ids=" ".join,
 )

@@ -472,6 +472,7 @@ class XenHypervisor:
             self.dismiss_asker()
             return None
         if self._libxc.xc_memshr_control(self._xch, domid, 1) < 0:
+            self._need_vmx("sharing_enabled", self._status("control"), domid)
             return None
         self._enabled.add(domid)
         return domid
@@ -654,12 +655,15 @@ class XenHypervisor:
 
         :param patience_s: how long our count may take. What was not counted by then is in the report.
 
-        Cost: Xen walks every shared frame; we ask about the gfns of the domains that share, one after the other, until
-        all of their shared pages are found or the time is up. Xen leaves its audit out of release builds; then
-        ``xen_errors`` is None.
+        :raises UnsupportedError: this Xen shares no domain's pages.
+
+        Cost: Xen walks every shared frame; we ask about the gfns of the domains that share until all of their shared
+        pages are found or the time is up. Xen leaves its audit out of release builds; then ``xen_errors`` is None.
         """
         self.need_sharing("audit")
         try:
+            if not self._enabled and not self.counters().used_frames:
+                self._hire_asker()  # nothing is shared: can anything be?
             return Auditor(self, self._connection, patience_s).run()
         finally:
             self.dismiss_asker()
