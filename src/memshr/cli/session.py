@@ -164,7 +164,7 @@ def _breakdown(report: SharingReport) -> Table:
 def _zero_pages(report: SharingReport) -> str:
     if frames := report.dropped.get("zero_frames"):
         return f"zero pages, on {frames:,} frame{'s' * (frames > 1)}"
-    return "zero pages, given back without a frame"
+    return "zero pages, given back without a frame" if report.zero_pages else "zero pages"
 
 
 def _domain_table(report: SharingReport) -> Table:

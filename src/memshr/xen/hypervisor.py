@@ -822,7 +822,7 @@ class XenHypervisor:
         self._need_first(child, "fork")
         if (reason := self._why_no_fork(parent, child)) is not None:
             raise errors.RefusedDomainError(
-                reason, reasons=(reason,), call="fork", status=Status.EINVAL, domid=child, remedy="docs/xen-host.md"
+                reason, reasons=(reason,), call="fork", status=Status.EINVAL, domid=child, remedy="see docs/xen-host.md"
             )
         if self._libxc.xc_memshr_fork(self._xch, parent, child, False, False) < 0:
             status = self._status("fork")
