@@ -196,7 +196,8 @@ def test_whoever_shared_what_before_the_report_agrees_with_the_counters(seed: in
     chance = random.Random(seed)
     played = StandIn(build=chance.choice(SHARING))
     domids = [filled(played, name, [chance.choice([0, 1, 1, 2, 3, 4 + gfn]) for gfn in range(40)]) for name in "ABC"]
-    wider = [[(domid,) for domid in domids], [(domids[0], domids[2]), (domids[1],)], [tuple(domids)], [tuple(domids)]]
+    alone: list[tuple[DomId, ...]] = [(domid,) for domid in domids]
+    wider = [alone, [(domids[0], domids[2]), (domids[1],)], [tuple(domids)], [tuple(domids)]]
     for groups in wider:
         with open_stand_in(played) as xen:
             report = session(xen, *groups, max_sharers=chance.choice([2, 3, 7, 256]))
