@@ -68,7 +68,8 @@ class Domain:
     grants: dict[int, int] = field(default_factory=dict)
     parameters: dict[int, int] = field(default_factory=dict)
     ring: Frame | None = None
-    events: list[int] = field(default_factory=list)
+    events: list[tuple[int, int | None]] = field(default_factory=list)
+    answers: int = 0
     waiting: set[int] = field(default_factory=set)
 
     def page(self, gfn: int) -> Page:
@@ -204,7 +205,7 @@ class NaiveXen:
             frame = self._allocate(domain, page.frame.data)
             if frame is None:
                 if domain.ring is not None:
-                    domain.events.append(gfn)
+                    domain.events.append((gfn, None))
                 return -errno.ENOMEM
             self._leave(domain.domid, gfn, page)
             domain.put(gfn, RW, frame)
@@ -262,6 +263,7 @@ class NaiveXen:
                 domain.crashed = True
             else:
                 domain.waiting.add(vcpu)
+                domain.events[-1] = gfn, vcpu
         if status == 0:
             frame = self.domains[domid].page(gfn).frame
             assert frame is not None
@@ -585,6 +587,7 @@ class NaiveXen:
         domain.ring.ring = True
         domain.ring.refs += 1
         domain.events.clear()
+        domain.answers = 0
         return 0
 
     def _drop_ring(self, domain: Domain) -> None:
@@ -608,8 +611,22 @@ class NaiveXen:
         domain = self.domains[domid]
         if domain.ring is None and not domain.dying:
             return -errno.ENODEV
-        domain.events.clear()
-        domain.waiting.clear()
+        while domain.answers:
+            domain.answers -= 1
+            _, vcpu = domain.events.pop(0)
+            if vcpu is not None and all(other != vcpu for _, other in domain.events):
+                domain.waiting.discard(vcpu)
+        return 0
+
+    def ring_respond(self, domid: int, count: int) -> int:
+        if domid not in self.domains:
+            return -errno.ESRCH
+        domain = self.domains[domid]
+        if domain.ring is None and not domain.dying:
+            return -errno.ENODEV
+        if domain.answers + count > len(domain.events):
+            return -errno.EINVAL
+        domain.answers += count
         return 0
 
     def _line(self, domain: Domain | None) -> Iterator[Domain]:

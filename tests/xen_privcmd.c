@@ -86,14 +86,18 @@ static long sysctl(struct xen_sysctl *op)
         op->u.readconsole.count = 0;
         return 0;
     }
+    if (op->cmd == XEN_SYSCTL_availheap) {
+        op->u.availheap.avail_bytes = 1 << 30;
+        return 0;
+    }
     if (op->cmd != XEN_SYSCTL_getdomaininfolist)
         return -ENOSYS;
     list->num_domains = 0;
-    for (int domid = list->first_domain; domid < 3 && list->num_domains < list->max_domains; domid++) {
+    for (int domid = list->first_domain; domid < 4 && list->num_domains < list->max_domains; domid++) {
         xen_domctl_getdomaininfo_t info = { .domain = domid };
         info.flags = domid ? XEN_DOMINF_hvm_guest | XEN_DOMINF_hap | XEN_DOMINF_paused : 0;
-        info.tot_pages = domid ? PAGES - 1 : 1000;
-        info.shr_pages = domid ? 1 : 0;
+        info.tot_pages = domid == 3 ? 0 : domid ? PAGES - 1 : 1000;
+        info.shr_pages = domid == 3 ? 0 : domid ? 1 : 0;
         info.max_pages = 64 + domid;
         list->buffer.p[list->num_domains++] = info;
     }
@@ -107,7 +111,7 @@ static long domctl(struct xen_domctl *op)
     switch (op->cmd) {
     case XEN_DOMCTL_mem_sharing_op:
         say("control dom=%u enable=%u", op->domain, op->u.mem_sharing_op.u.enable);
-        return op->domain > 2 ? -ESRCH : 0;
+        return op->domain > 3 ? -ESRCH : 0;
     case XEN_DOMCTL_pausedomain:
         say("pause dom=%u", op->domain);
         return 0;
@@ -183,6 +187,8 @@ static long sharing_op(xen_mem_sharing_op_t *op)
         say("fork_reset child=%u flags=%#x", op->domain, op->u.fork.flags);
         return 0;
     case XENMEM_sharing_op_debug_gfn:
+        if (!op->domain) /* how memshr finds out that sharing is built in */
+            return -EPERM;
         say("debug_gfn dom=%u gfn=%#lx", op->domain, (unsigned long)op->u.debug.u.gfn);
         return op->u.debug.u.gfn == 9 ? -EINVAL : op->u.debug.u.gfn ? 1 : 2;
     case XENMEM_sharing_op_debug_gref:
@@ -207,7 +213,7 @@ static long memory_op(int command, void *argument)
     case XENMEM_get_sharing_shared_pages:
         return 1;
     case XENMEM_maximum_gpfn:
-        return *(domid_t *)argument > 2 ? -ESRCH : PAGES + 3;
+        return *(domid_t *)argument > 3 ? -ESRCH : PAGES + 3;
     case XENMEM_get_pod_target:
         target->tot_pages = PAGES;
         target->pod_cache_pages = 0;

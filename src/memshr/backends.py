@@ -13,10 +13,18 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from memshr.domainsource import DomainSource
-from memshr.errors import BackendError, MemshrError, NoSuchDomainError, UnsupportedError, printable
+from memshr.errors import (
+    BackendError,
+    DomainError,
+    MemshrError,
+    NoSuchDomainError,
+    RefusedDomainError,
+    UnsupportedError,
+    printable,
+)
 from memshr.hypervisor import Hypervisor
 from memshr.sources import Subject
 from memshr.types import DomId
@@ -173,14 +181,53 @@ def open_xen() -> Iterator[XenHypervisor]:
 
 
 def select_domains(hypervisor: XenHypervisor, sources: Sequence[str]) -> list[DomId]:
-    """The domains that ``xen:all`` (or ``xen:``), ``xen:DOMID`` or ``xen:NAME`` name, each once.
+    """The domains that ``xen:all`` (or ``xen:``), ``xen:DOMID`` or ``xen:NAME`` name, each once, of any kind.
 
-    :raises NoSuchDomainError: there is none, or a name is that of several.
+    :raises NoSuchDomainError: one that is named is not there, or a name is that of several.
     """
     found: dict[DomId, None] = {}
     for source in sources:
         found.update(dict.fromkeys(info.domid for info in hypervisor.select(source.partition(":")[2] or "all")))
     return list(found)
+
+
+def sharable_domains(
+    hypervisor: XenHypervisor, sources: Sequence[str], notice: Callable[[str], None] = lambda _: None
+) -> list[DomId]:
+    """Those of ``select_domains`` whose pages can be shared; sharing is enabled on them.
+
+    :param notice: told of each of the others, by name, with the reason, in one line.
+    :raises RefusedDomainError: none is left; the reasons of all of them.
+    :raises UnsupportedError: this Xen shares no domain's pages.
+    """
+    hypervisor.need_sharing("share")
+    return list(_admitted(hypervisor, select_domains(hypervisor, sources), hypervisor.admit, notice))
+
+
+_Admitted = TypeVar("_Admitted")
+
+
+def _admitted(
+    hypervisor: XenHypervisor,
+    domids: Sequence[DomId],
+    admit: Callable[[DomId], _Admitted],
+    notice: Callable[[str], None],
+) -> dict[DomId, _Admitted]:
+    # What ``admit`` makes of each domain that it does not refuse.
+    if not domids:
+        raise NoSuchDomainError("no domain but dom0 runs on this host")
+    names = hypervisor.names()
+    admitted, reasons = {}, []
+    for domid in domids:
+        try:
+            admitted[domid] = admit(domid)
+        except DomainError as error:
+            reasons.append(f"domain {names.get(domid, 'dom0')} ({domid}) is left alone: {error}")
+    if not admitted:
+        raise RefusedDomainError("; ".join(reasons), reasons=reasons)
+    for reason in reasons:
+        notice(reason)
+    return admitted
 
 
 @contextlib.contextmanager
@@ -191,7 +238,8 @@ def open_sources(
 
     :param sources: paths, ``pid:N``, ``qemu:...``, ``xen:...``, in any mixture.
     :param format: read images as this format; None: detect it.
-    :param notice: told, in one line each, of guests of ``qemu:all`` that cannot be reached and are left out.
+    :param notice: told, in one line each, of guests of ``qemu:all`` that cannot be reached, and of Xen domains that may
+        not be looked at: they are left out.
     :returns: the subjects of each source; a domain or process that several sources name is in the first only.
     :raises MemshrError: a source cannot be opened, or an image or process is named twice.
     """
@@ -212,7 +260,7 @@ def open_sources(
         if twice := [source for source in pids if pids.count(source) > 1]:
             raise MemshrError(f"{twice[0]} is named twice", remedy="name each process once")
         guests = _guest_subjects(stack, [source for source in sources if _prefix(source) == "qemu"], notice)
-        domains = _domain_subjects(stack, [source for source in sources if _prefix(source) == "xen"])
+        domains = _domain_subjects(stack, [source for source in sources if _prefix(source) == "xen"], notice)
         opened: list[list[Subject]] = []
         for number, source in enumerate(sources):
             match _prefix(source):
@@ -279,18 +327,32 @@ def _reachable(processes: Sequence[GuestProcess], notice: Callable[[str], None])
     return reachable
 
 
-def _domain_subjects(stack: contextlib.ExitStack, sources: Sequence[str]) -> dict[str, list[Subject]]:
+def _domain_subjects(
+    stack: contextlib.ExitStack, sources: Sequence[str], notice: Callable[[str], None]
+) -> dict[str, list[Subject]]:
     if not sources:
         return {}
     xen = stack.enter_context(open_xen())
     lock = threading.Lock()
-    seen: set[DomId] = set()
-    subjects: dict[str, list[Subject]] = {}
+    source_of: dict[DomId, str] = {}
     for source in dict.fromkeys(sources):
-        ours = [domid for domid in select_domains(xen, [source]) if domid not in seen]
-        seen.update(ours)
-        subjects[source] = [Subject(DomainSource(xen, domid, lock), "xen") for domid in ours]
+        for domid in select_domains(xen, [source]):
+            source_of.setdefault(domid, source)
+    admitted = _admitted(xen, list(source_of), lambda domid: DomainSource(xen, domid, lock), notice)
+    subjects: dict[str, list[Subject]] = {source: [] for source in sources}
+    for domid, pages in admitted.items():
+        subjects[source_of[domid]].append(Subject(pages, "xen", domid=domid))
+        if unseen_pages := xen.unseen_pages.get(domid):
+            notice(unseen(pages.name, domid, unseen_pages))
     return subjects
+
+
+def unseen(name: str, domid: DomId, pages: int) -> str:
+    """What is said of a domain of which so many pages were not found."""
+    return (
+        f"domain {name} ({domid}): {pages:,} of its pages were not found in its address space, and are in no figure"
+        " (a device model's rings are among them)"
+    )
 
 
 def mapping_budget() -> int:

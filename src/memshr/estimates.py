@@ -46,7 +46,7 @@ def estimate(
     :param against: files whose pages are looked for among the contents that save most.
     :param threads: None: one for each core, 8 at most.
     :param progress: called now and then, by any thread.
-    :param notice: told, in one line each, of guests of ``qemu:all`` that cannot be reached and are left out.
+    :param notice: told, in one line each, of guests of ``qemu:all`` and of Xen domains that are left out.
     :raises MemshrError: a source cannot be read, changed although it is no live one, or ended; or the options make no
         sense.
 

@@ -38,6 +38,7 @@ from memshr.types import (
     Handles,
     PageArray,
     PageBytes,
+    RingRequest,
     Statuses,
 )
 
@@ -52,7 +53,7 @@ class Capability(enum.StrEnum):
     RANGE = "range"
     """range_share."""
     RING = "ring"
-    """ring_enable, ring_disable, domain_resume: events when a page cannot be unshared for lack of memory."""
+    """The calls of the ring: requests for memory when a page cannot be unshared for lack of it."""
     FORK = "fork"
     """fork and fork_reset."""
     LIVE = "live"
@@ -299,7 +300,10 @@ class Hypervisor(Protocol):
     # -- events and forks --------------------------------------------------------------------------------------------
 
     def ring_enable(self, domid: DomId) -> int:
-        """Enable the ring on which unsharing that lacks memory posts its gfn; returns its event-channel port.
+        """Initialise and enable the ring on which unsharing that lacks memory posts its gfn; returns its event port.
+
+        Who enables it must serve it: take ``ring_requests``, make room, ``ring_respond``, ``domain_resume``. A vCPU
+        whose request nobody answers waits for ever.
 
         :raises RefusedDomainError: ENODEV: no HAP; EBUSY: it is enabled already; EOPNOTSUPP: no ring page was set up.
         """
@@ -307,8 +311,27 @@ class Hypervisor(Protocol):
     def ring_disable(self, domid: DomId) -> None:
         """Disable the ring. :raises RefusedDomainError: EINVAL: it is not enabled."""
 
+    def ring_requests(self, domid: DomId) -> Sequence[RingRequest]:
+        """The requests that lie in the ring unanswered, oldest first.
+
+        Xen has no such call: the ring is a page of the domain.
+
+        :raises RefusedDomainError: ENODEV: the ring is not enabled.
+        """
+
+    def ring_respond(self, domid: DomId, count: int | None = None) -> None:
+        """Put responses to the ``count`` oldest requests into the ring; None: to all. ``domain_resume`` delivers them.
+
+        :raises RefusedDomainError: ENODEV: the ring is not enabled; EINVAL: there are not so many requests.
+        """
+
     def domain_resume(self, domid: DomId) -> None:
-        """Let the vCPUs that wait for memory try again. :raises RefusedDomainError: ENODEV: the ring is not enabled."""
+        """Let the vCPUs whose requests are answered in the ring try again; the others go on waiting.
+
+        (libxc: ``xc_memshr_domain_resume``)
+
+        :raises RefusedDomainError: ENODEV: the ring is not enabled.
+        """
 
     def fork(self, parent: DomId, child: DomId) -> None:
         """Make the paused, empty domain ``child`` a fork of ``parent``: its pages are filled on demand, by sharing.
@@ -380,6 +403,12 @@ _MEANINGS: dict[tuple[str, Status], tuple[type[errors.CallError], str]] = {
     ("ring_enable", Status.EOPNOTSUPP): (errors.RefusedDomainError, "domain {domid} has no page for the sharing ring"),
     ("ring_enable", Status.EBUSY): (errors.RefusedDomainError, "the sharing ring of domain {domid} is enabled already"),
     ("domain_resume", Status.ENODEV): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),
+    ("ring_requests", Status.ENODEV): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),
+    ("ring_respond", Status.ENODEV): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),
+    ("ring_respond", Status.EINVAL): (
+        errors.RefusedDomainError,
+        "so many requests do not lie in the sharing ring of domain {domid}",
+    ),
     ("set_log_dirty", Status.EINVAL): (errors.RefusedDomainError, "log-dirty mode of domain {domid} is on already"),
     ("ring_disable", Status.EINVAL): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),
 }

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.types import PageBytes
+from memshr.types import DomId, PageBytes
 
 Rows = NDArray[np.int64]
 """Numbers of pages of a source, from 0 on along its ranges."""
@@ -81,9 +81,11 @@ class Subject:
     :param kind: ``image``, ``process``, ``qemu`` or ``xen``.
     :param format: of an image; else None.
     :param huge_pages_known: whether the source tells which pages are parts of huge pages (``PageState.HUGE``).
+    :param domid: by which its host knows it, and so does the estimate; None: the estimate numbers it.
     """
 
     pages: PageSource
     kind: str = "image"
     format: str | None = None
     huge_pages_known: bool = False
+    domid: DomId | None = None

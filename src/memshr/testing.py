@@ -412,6 +412,8 @@ def what_is_not_there_says_so(host: GuestHost) -> None:
         Capability.RING: [
             lambda: hypervisor.ring_enable(first),
             lambda: hypervisor.ring_disable(first),
+            lambda: hypervisor.ring_requests(first),
+            lambda: hypervisor.ring_respond(first),
             lambda: hypervisor.domain_resume(first),
         ],
         Capability.FORK: [

@@ -107,6 +107,19 @@ class DomainInfo:
     pause_count: int = 0
     dying: bool = False
     kind: DomainKind = DomainKind.HVM
+    crashed: bool = False
+    """It has stopped by a crash and waits for its toolstack to take it away; its memory is all there still."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingRequest:
+    """An entry of a domain's sharing ring: a page that could not be unshared for lack of memory.
+
+    ``vcpu`` is the one that waits until it is answered; None if the control domain asked, which does not wait.
+    """
+
+    gfn: Gfn
+    vcpu: int | None
 
 
 HUGE_PAGE_PAGES = 512
@@ -156,16 +169,18 @@ class AuditFinding:
 class AuditReport:
     """The result of an audit: every finding, and the number that Xen's own audit would have returned.
 
-    ``counters`` are those of the books that were audited.
+    ``counters`` are those of the books that were audited. ``xen_errors`` is None where Xen's own audit was not to be
+    had. ``unchecked`` says, in a line each, what was not checked and why.
     """
 
     findings: tuple[AuditFinding, ...]
-    xen_errors: int
+    xen_errors: int | None
     counters: Counters
+    unchecked: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
-        """True if nothing is wrong, by our judgement and by Xen's."""
+        """True if nothing was found to be wrong, by our judgement and by Xen's."""
         return not self.findings and not self.xen_errors
 
 

@@ -346,6 +346,12 @@ class Twins(RuleBasedStateMachine):
     def ring_disable(self, domid: DomId) -> None:
         self.same(lambda: self.embedded.ring_disable(domid), self.naive.ring_disable(domid))
 
+    @rule(domid=domids, count=st.integers(0, 2), resume=st.booleans())
+    def ring_respond(self, domid: DomId, count: int, resume: bool) -> None:
+        self.same(lambda: self.embedded.ring_respond(domid, count), self.naive.ring_respond(domid, count))
+        if resume:
+            self.domain_resume(domid)
+
     @rule(domid=domids)
     def domain_resume(self, domid: DomId) -> None:
         self.same(lambda: self.embedded.domain_resume(domid), self.naive.domain_resume(domid))
@@ -402,7 +408,10 @@ class Twins(RuleBasedStateMachine):
             assert (info.max_pages, info.pause_count) == (domain.max_pages, domain.pauses)
             assert (info.dying, self.embedded.is_crashed(info.domid)) == (domain.dying, domain.crashed)
             assert self.embedded.max_gpfn(info.domid) == max(domain.max_gfn, 0)
-            assert self.embedded.ring_events(info.domid) == tuple(domain.events)
+            assert self.embedded.ring_events(info.domid) == tuple(gfn for gfn, _ in domain.events)
+            if domain.ring is not None:
+                waiting = [(request.gfn, request.vcpu) for request in self.embedded.ring_requests(info.domid)]
+                assert waiting == domain.events[domain.answers :]
             assert self.embedded.waiting_vcpus(info.domid) == domain.waiting
 
     @invariant()

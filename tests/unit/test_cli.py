@@ -380,7 +380,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> XenHypervisor:
         domid = played.embedded.create_domain(name, 6)
         for gfn in range(4):
             played.embedded.write(domid, Gfn(gfn), bytes([gfn // 2]) * PAGE_SIZE)
-    for module in ("backends", "cli.share", "cli.audit", "cli.status"):
+    for module in ("cli.share", "cli.audit", "cli.status", "backends"):
         monkeypatch.setattr(f"memshr.{module}.open_xen", lambda: contextlib.nullcontext(xen))
     return xen
 
@@ -400,6 +400,17 @@ def test_the_commands_on_a_stand_in_for_xen(memshr: CommandLine, stand_in: XenHy
     assert memshr("top", "xen:", "--count", "2", "--interval", "0.1").out.count("Xen ") == 2
     audit = memshr("audit", "xen:")
     assert (audit.code, audit.out) == (0, "0 findings; 2 frames are shared and save 10 pages.\n")
+
+
+def test_an_estimate_names_the_domains_of_a_host_as_the_host_does(
+    memshr: CommandLine, stand_in: XenHypervisor, images: tuple[Path, Path]
+) -> None:
+    alone = memshr("estimate", "xen:2")
+    assert "domain 2, gfn" in alone.out
+    together = json.loads(memshr("estimate", images[0], "xen:2", images[1], "xen:1", "--group", "all", "--json").out)
+    assert [domain["domid"] for domain in together["domains"]] == [3, 2, 4, 1]
+    assert together["groups"][0]["domids"] == [3, 2, 4, 1]
+    assert {content["first"]["domid"] for content in together["contents"]} <= {1, 2, 3, 4}
 
 
 # -- ctl -------------------------------------------------------------------------------------------------------------

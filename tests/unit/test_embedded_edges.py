@@ -8,7 +8,7 @@ import pytest
 from memshr import errors
 from memshr.embedded import EmbeddedHypervisor
 from memshr.embedded.hypervisor import SHARING_RING_PFN
-from memshr.types import PAGE_SIZE, DomainKind, DomId, Gfn, GrantRef, Handle, P2mType, PageArray
+from memshr.types import PAGE_SIZE, DomainKind, DomId, Gfn, GrantRef, Handle, P2mType, PageArray, RingRequest
 
 FAR = Gfn((1 << 36) - 1)
 
@@ -169,6 +169,37 @@ def test_only_a_failed_unshare_is_posted() -> None:
     statuses = hypervisor.unshare_gfns(PageArray.of_domain(domid, np.array([1])))
     assert statuses.tolist() == [errors.Status.ENOMEM]
     assert hypervisor.ring_events(domid) == (1,)
+
+
+def test_a_vcpu_goes_on_when_its_request_is_answered_and_resumed_and_not_before() -> None:
+    hypervisor = EmbeddedHypervisor()
+    domid = with_ring(hypervisor, max_pages=5)
+    handles = [hypervisor.nominate_gfn(domid, Gfn(gfn)) for gfn in range(3)]
+    for gfn in (1, 2):
+        hypervisor.share_gfns(domid, Gfn(0), handles[0], domid, Gfn(gfn), handles[gfn])
+    hypervisor.set_max_pages(domid, 1)
+    for vcpu in (0, 1):
+        with pytest.raises(errors.HostMemoryError):
+            hypervisor.write(domid, Gfn(1 + vcpu), b"new", vcpu=vcpu)
+    with pytest.raises(errors.HostMemoryError):
+        hypervisor.unshare_gfn(domid, Gfn(0))
+    assert hypervisor.ring_requests(domid) == (
+        RingRequest(Gfn(1), 0),
+        RingRequest(Gfn(2), 1),
+        RingRequest(Gfn(0), None),
+    )
+    hypervisor.domain_resume(domid)
+    assert hypervisor.waiting_vcpus(domid) == {0, 1}, "nobody has answered"
+    hypervisor.ring_respond(domid, 1)
+    assert hypervisor.waiting_vcpus(domid) == {0, 1}, "nobody has resumed"
+    hypervisor.domain_resume(domid)
+    assert hypervisor.waiting_vcpus(domid) == {1}
+    assert [request.gfn for request in hypervisor.ring_requests(domid)] == [2, 0]
+    with pytest.raises(errors.RefusedDomainError, match="so many requests"):
+        hypervisor.ring_respond(domid, 3)
+    hypervisor.ring_respond(domid)
+    hypervisor.domain_resume(domid)
+    assert (hypervisor.waiting_vcpus(domid), hypervisor.ring_requests(domid)) == (frozenset(), ())
 
 
 # -- forks -----------------------------------------------------------------------------------------------------------
@@ -426,7 +457,8 @@ def test_what_the_ring_calls_refuse_in_xens_order() -> None:
     assert status_of(hypervisor.ring_enable, domid) == errors.Status.EBUSY
     mapping = hypervisor.map_foreign(domid, Gfn(0), writable=False)
     hypervisor.destroy_domain(domid)
-    for call in (hypervisor.ring_enable, hypervisor.ring_disable, hypervisor.domain_resume):
+    calls = (hypervisor.ring_enable, hypervisor.ring_respond, hypervisor.ring_disable, hypervisor.domain_resume)
+    for call in calls:
         assert status_of(call, domid) == 0
     mapping.close()
 

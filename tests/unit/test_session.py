@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from memshr.embedded import EmbeddedHypervisor
-from memshr.errors import ConnectionLostError, MemshrError
+from memshr.errors import ConnectionLostError, InvariantError, MemshrError
 from memshr.hypervisor import Capability
 from memshr.sharing.fingerprint import Fingerprints
 from memshr.sharing.groups import Group
@@ -81,6 +81,18 @@ class BusyHost(EmbeddedHypervisor):
             handles, statuses = super().nominate_gfns(pages[slice(len(forced), None)])
             zeros = np.zeros(len(forced), np.uint64)
             return np.concatenate([zeros, handles]), np.concatenate([np.array(forced, np.int32), statuses])
+
+    def debug_gfns(self, pages: PageArray) -> NDArray[np.int64]:
+        with self._around("debug_gfns"):
+            return super().debug_gfns(pages)
+
+    def unshare_gfn(self, domid: DomId, gfn: Gfn) -> None:
+        with self._around("unshare_gfn"):
+            super().unshare_gfn(domid, gfn)
+
+    def unshare_gfns(self, pages: PageArray) -> Statuses:
+        with self._around("unshare_gfns"):
+            return super().unshare_gfns(pages)
 
     def share_gfns_many(
         self, sources: PageArray, source_handles: Handles, clients: PageArray, client_handles: Handles
@@ -645,6 +657,7 @@ def test_json_is_plain_and_its_keys_are_stable() -> None:
     assert list(report) == [
         *("total_pages", "absent_pages", "zero_pages", "unique_pages", "shared_pages", "intra_pages", "inter_pages"),
         *("saved_pages", "counters", "audit_findings", "domains", "pairs", "dropped", "collisions", "stopped"),
+        *("left_out", "audit_unchecked"),
     ]
     assert report["counters"] == {"freed_pages": 2, "used_frames": 1}
     assert list(report["domains"][0]) == [
@@ -910,18 +923,108 @@ def test_refusals_of_other_kinds_are_counted() -> None:
     assert run(host).dropped == {"refused": 2}
 
 
-@pytest.mark.parametrize("call", ["read_pages", "share_gfns_many", "release_zero_pages"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ConnectionLostError])
-def test_when_the_session_breaks_off_no_page_stays_nominated(call: str, error: type[BaseException]) -> None:
-    host = a_host([0, 0, 1, 1, 2, 2])
-    contents = contents_of(host)
-
+def failing(error: type[BaseException]) -> Callable[[], None]:
     def fail() -> None:
         raise error("stop")
 
-    for happens in (host.before, host.after):
-        happens[call] = [fail]
-        with pytest.raises(error):
-            share(host, everyone(host), wait=never, options=SharingOptions(threads=1))
-        check_nothing_left_behind(host)
-        assert contents_of(host) == contents
+    return fail
+
+
+BREAKS = [KeyboardInterrupt, SystemExit, ConnectionLostError]
+
+
+@pytest.mark.parametrize("call", ["nominate_gfns", "read_pages", "share_gfns_many", "release_zero_pages"])
+@pytest.mark.parametrize("happens", ["before", "after"])
+@pytest.mark.parametrize("error", BREAKS)
+def test_when_the_session_breaks_off_no_page_stays_nominated(
+    call: str, happens: str, error: type[BaseException]
+) -> None:
+    host = a_host([0, 0, 1, 1, 2, 2], [7])
+    contents = contents_of(host)
+    getattr(host, happens)[call] = [failing(error)]
+    with pytest.raises(error):
+        share(host, everyone(host), wait=never, options=SharingOptions(threads=1))
+    check_nothing_left_behind(host)
+    assert contents_of(host) == contents
+
+
+def a_host_where_new_handles_are_looked_for() -> BusyHost:
+    """Something is shared on it already, and it does not tell which pages are on frames: so the session probes."""
+    host = a_host([0, 0, 1, 1, 2, 2], [7])
+    run(host)
+    add_domain(host, "L", [page(1), page(9), page(9)])
+    host.without = {Capability.FRAMES}
+    return host
+
+
+@pytest.mark.parametrize("call", ["nominate_gfn", "unshare_gfn", "nominate_gfns", "share_gfns_many", "unshare_gfns"])
+@pytest.mark.parametrize("happens", ["before", "after"])
+@pytest.mark.parametrize("error", BREAKS)
+def test_the_page_by_which_new_handles_are_found_does_not_stay_nominated(
+    call: str, happens: str, error: type[BaseException]
+) -> None:
+    host = a_host_where_new_handles_are_looked_for()
+    contents = contents_of(host)
+    getattr(host, happens)[call] = [failing(error)]
+    if call == "unshare_gfns":
+        host.after["read_pages"] = [writing(host, 3, 2, page(8))]  # its partner is left alone: taken back
+        contents[DomId(3)][Gfn(2)] = page(8)
+    with pytest.raises(error):
+        share(host, everyone(host), wait=never, options=SharingOptions(threads=1))
+    check_nothing_left_behind(host)
+    assert contents_of(host) == contents
+
+
+@pytest.mark.parametrize("call", ["nominate_gfns", "nominate_gfn", "share_gfns_many"])
+@pytest.mark.parametrize("again", ["debug_gfns", "unshare_gfns"])
+@pytest.mark.parametrize("happens", ["before", "after"])
+def test_taking_back_goes_on_when_it_is_interrupted_itself(call: str, again: str, happens: str) -> None:
+    host = a_host_where_new_handles_are_looked_for()
+
+    def fail() -> None:
+        getattr(host, happens)[again] = [failing(SystemExit)]
+        raise KeyboardInterrupt
+
+    host.before["share_gfns_many"] = [fail] if call == "share_gfns_many" else []
+    host.after[call] += [fail] if call != "share_gfns_many" else []
+    with pytest.raises(KeyboardInterrupt):
+        share(host, everyone(host), wait=never, options=SharingOptions(threads=1))
+    assert not getattr(host, happens)[again], "it was interrupted"
+    check_nothing_left_behind(host)
+
+
+def test_an_interrupt_in_the_middle_of_nominating_leaves_nothing_nominated() -> None:
+    host = a_host([1, 1, 2, 2])
+
+    def some_and_no_more() -> None:
+        EmbeddedHypervisor.nominate_gfn(host, DomId(1), Gfn(0))
+        EmbeddedHypervisor.nominate_gfn(host, DomId(1), Gfn(2))
+        raise SystemExit
+
+    host.before["nominate_gfns"] = [some_and_no_more]
+    with pytest.raises(SystemExit):
+        share(host, everyone(host), wait=never, options=SharingOptions(threads=1))
+    check_nothing_left_behind(host)
+
+
+def test_what_somebody_else_has_nominated_stays_so_when_the_session_breaks_off() -> None:
+    host = a_host([0, 0, 1, 1, 2, 2], [7, 5])
+    run(host)
+    add_domain(host, "L", [page(1), page(9), page(9), page(5)])
+    host.without = {Capability.FRAMES}
+    handle = EmbeddedHypervisor.nominate_gfn(host, DomId(2), Gfn(1))
+    host.after["nominate_gfns"] = [failing(KeyboardInterrupt)]
+    with pytest.raises(KeyboardInterrupt):
+        share(host, everyone(host), wait=never, options=SharingOptions(threads=1))
+    assert host.debug_gfn(DomId(2), Gfn(1)) == 1
+    assert EmbeddedHypervisor.nominate_gfn(host, DomId(2), Gfn(1)) == handle
+    host.unshare_gfn(DomId(2), Gfn(1))
+    check_nothing_left_behind(host)
+
+
+def test_a_contradiction_found_while_taking_back_is_not_hidden() -> None:
+    host = a_host([1, 1])
+    host.after["nominate_gfns"] = [failing(KeyboardInterrupt)]
+    host.before["debug_gfns"] = [failing(InvariantError)]
+    with pytest.raises(InvariantError):
+        share(host, everyone(host), wait=never, options=SharingOptions(threads=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import click
@@ -14,6 +15,7 @@ from memshr.cli.session import run_session
 from memshr.cli.share import guest_groups
 from memshr.embedded import EmbeddedHypervisor
 from memshr.images import open_image
+from memshr.report.wording import printable
 from memshr.sharing.session import SharingOptions
 from memshr.types import AuditReport, DomId, Gfn, page_buffer
 
@@ -40,7 +42,7 @@ def audit(
     kind = kind_of(sources)
     if kind is SourceKind.XEN:
         with open_xen() as xen:
-            _tell(xen.audit(), as_json=as_json)
+            _tell(xen.audit(patience_s=math.inf), as_json=as_json)
         return
     if kind is SourceKind.QEMU:
         grouping = partial(guest_groups, groups) if groups else None
@@ -83,8 +85,11 @@ def _tell(audited: AuditReport, *, as_json: bool) -> None:
     else:
         for finding in audited.findings:
             click.echo(str(finding))
+        for line in audited.unchecked:
+            click.echo(f"not checked: {printable(line)}")
+        found = f"{len(audited.findings)} findings" + " in what was checked" * bool(audited.unchecked)
         click.echo(
-            f"{len(audited.findings)} findings; {audited.counters.used_frames:,} frames are shared"
+            f"{found}; {audited.counters.used_frames:,} frames are shared"
             f" and save {audited.counters.freed_pages:,} pages."
         )
     if not audited.clean:

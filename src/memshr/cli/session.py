@@ -103,6 +103,11 @@ def shown(words: str) -> str:
     return escape(printable(words))
 
 
+def say(line: str) -> None:
+    """Tell the user something that is no result: on standard error."""
+    print(f"memshr: {printable(line)}", file=sys.stderr)
+
+
 def plain_table(*columns: str) -> Table:
     """A table whose first column is words, and whose others are figures."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -136,14 +141,19 @@ def print_report(report: SharingReport, *, verb: str) -> None:
         console.print(f"[bold]Stopped early[/bold]: {shown(report.stopped)}")
     for finding in report.audit_findings:
         console.print(f"[bold]audit[/bold] {shown(str(finding))}")
+    for line in report.audit_unchecked:
+        console.print(f"[bold]not audited[/bold] {shown(line)}")
     if not report.audit_findings:
-        console.print("Audit: every frame, reference and counter agrees.")
+        checked = "what was checked" if report.audit_unchecked else "every frame, reference and counter"
+        console.print(f"Audit: {checked} agrees.")
+    for line in report.left_out:
+        console.print(f"[bold]left out[/bold] {shown(line)}")
 
 
 def _breakdown(report: SharingReport) -> Table:
     table = plain_table("where the saving is", "pages", "MiB")
     for name, pages in (
-        ("zero pages, given back without a frame", report.zero_pages),
+        (_zero_pages(report), report.zero_pages),
         ("equal pages inside one domain", report.intra_pages),
         ("equal pages between domains of a group", report.inter_pages),
     ):
@@ -151,6 +161,12 @@ def _breakdown(report: SharingReport) -> Table:
     if report.absent_pages:
         table.add_row("(never backed by the host: no saving)", f"{report.absent_pages:,}", mib(report.absent_pages))
     return table
+
+
+def _zero_pages(report: SharingReport) -> str:
+    if frames := report.dropped.get("zero_frames"):
+        return f"zero pages, on {frames:,} frame{'s' * (frames > 1)}"
+    return "zero pages, given back without a frame" if report.zero_pages else "zero pages"
 
 
 def _domain_table(report: SharingReport) -> Table:

@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_xen, select_domains, select_guests
+from memshr.backends import (
+    SourceKind,
+    kind_of,
+    open_guests,
+    open_images,
+    open_xen,
+    select_guests,
+    sharable_domains,
+    unseen,
+)
 from memshr.cli.options import huge_pages, huge_share, print_json, reserve_mib, sharing_options
-from memshr.cli.session import exit_with, mib, not_to_be_stopped, print_report, run_session
+from memshr.cli.session import exit_with, mib, not_to_be_stopped, print_report, run_session, say
 from memshr.errors import RefusedDomainError
 from memshr.report.wording import printable
 from memshr.sharing.groups import EVERY_DOMAIN, trust_groups
@@ -60,7 +69,10 @@ def share(
         return
     if kind is SourceKind.XEN:
         with open_xen() as xen:
-            report = run_session(xen, groups, options, domids=select_domains(xen, sources))
+            report = run_session(xen, groups, options, domids=sharable_domains(xen, sources, say))
+            for info in xen.domains():
+                if unseen_pages := xen.unseen_pages.get(info.domid):
+                    say(unseen(info.name, info.domid, unseen_pages))
     else:
         with open_images(sources, format=image_format) as hypervisor:
             report = run_session(hypervisor, groups, options)

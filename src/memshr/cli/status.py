@@ -18,10 +18,12 @@ from rich.table import Table
 from memshr.backends import SourceKind, kind_of, open_xen, select_domains, select_guests
 from memshr.cli.options import as_json, print_json
 from memshr.cli.session import mib, shown
+from memshr.errors import NoSuchDomainError
 from memshr.report.wording import printable
 
 if TYPE_CHECKING:
     from memshr.qemu.status import GuestStatus
+    from memshr.types import DomainInfo, DomId
     from memshr.xen import XenHypervisor
 
 
@@ -45,7 +47,7 @@ def status(guests: tuple[str, ...], as_json: bool) -> None:
             if as_json:
                 print_json(_plain_xen(xen, guests))
             else:
-                _console().print(_xen_table(xen, guests))
+                _console().print(_xen_table(xen, _xen_domains(xen, guests)))
         return
     found = _look(guests)
     if as_json:
@@ -87,7 +89,8 @@ def top(guests: tuple[str, ...], interval: float, count: int | None) -> None:
     with contextlib.ExitStack() as stack:
         if guests and kind_of(guests) is SourceKind.XEN:
             xen = stack.enter_context(open_xen())
-            _refresh(console, lambda: _xen_table(xen, guests), interval, count)
+            named = select_domains(xen, guests)  # whoever is named must be there when it begins
+            _refresh(console, lambda: _xen_table(xen, _still_there(xen, guests, named)), interval, count)
             return
         before: dict[int, tuple[float, int]] = {}
         """of each guest when it was looked at, and its copied pages then"""
@@ -127,26 +130,33 @@ def _refresh(console: Console, look: Callable[[], Table], interval: float, count
             time.sleep(interval)
 
 
-def _xen_table(xen: XenHypervisor, sources: Sequence[str]) -> Table:
+def _xen_domains(xen: XenHypervisor, sources: Sequence[str]) -> list[DomainInfo]:
+    # Those that are named. One that ends while we look is left out.
+    found = []
+    for domid in select_domains(xen, sources):
+        with contextlib.suppress(NoSuchDomainError):
+            found.append(xen.domain_info(domid))
+    return found
+
+
+def _still_there(xen: XenHypervisor, sources: Sequence[str], named: Sequence[DomId]) -> list[DomainInfo]:
+    # Of a host the domains that there are now; of domains that were named those that have not ended.
+    everyone = any(source.partition(":")[2] in ("", "all") for source in sources)
+    return [info for info in xen.domains() if everyone or info.domid in named]
+
+
+def _xen_table(xen: XenHypervisor, domains: Sequence[DomainInfo]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     table.add_column("domain")
-    for column in ("domid", "kind", "own MiB", "shared MiB", "paused", "dying"):
+    for column in ("domid", "kind", "own MiB", "shared MiB", "state"):
         table.add_column(column, justify="right")
-    for domid in select_domains(xen, sources):
-        info = xen.domain_info(domid)
+    for info in domains:
         table.add_row(
-            shown(info.name),
-            str(domid),
-            info.kind,
-            mib(info.tot_pages),
-            mib(info.shr_pages),
-            str(info.pause_count),
-            "yes" if info.dying else "no",
+            shown(info.name), str(info.domid), info.kind, mib(info.tot_pages), mib(info.shr_pages), _xen_state(info)
         )
     facts = xen.facts
-    caption = (
-        f"Xen {facts.version} through {facts.library}; memory sharing is {'' if facts.sharing else 'not '}built in."
-    )
+    built_in = "" if facts.sharing else "not "
+    caption = f"Xen {facts.version} through {facts.library}; memory sharing is {built_in}built in."
     if facts.sharing:
         counters = xen.counters()
         caption += f" {mib(counters.freed_pages)} MiB freed, {counters.used_frames:,} frames shared."
@@ -154,9 +164,14 @@ def _xen_table(xen: XenHypervisor, sources: Sequence[str]) -> Table:
     return table
 
 
+def _xen_state(info: DomainInfo) -> str:
+    states = {"dying": info.dying, "crashed": info.crashed, "paused": info.pause_count > 0}
+    return next((state for state, holds in states.items() if holds), "running")
+
+
 def _plain_xen(xen: XenHypervisor, sources: Sequence[str]) -> dict[str, object]:
     counters = dataclasses.asdict(xen.counters()) if xen.facts.sharing else None
-    domains = [dataclasses.asdict(xen.domain_info(domid)) for domid in select_domains(xen, sources)]
+    domains = [dataclasses.asdict(info) for info in _xen_domains(xen, sources)]
     return {"host": dataclasses.asdict(xen.facts), "counters": counters, "domains": domains}
 
 

@@ -19,7 +19,18 @@ from memshr.embedded.p2m import HOLES, TYPE_BITS, TYPE_MASK, FrameExtent, P2m, e
 from memshr.embedded.shared_frames import NOWHERE, page_id
 from memshr.errors import Status
 from memshr.hypervisor import error_of
-from memshr.types import MAX_GFN_BITS, PAGE_SIZE, DomainInfo, DomainKind, DomId, Extent, Gfn, GrantRef, P2mType
+from memshr.types import (
+    MAX_GFN_BITS,
+    PAGE_SIZE,
+    DomainInfo,
+    DomainKind,
+    DomId,
+    Extent,
+    Gfn,
+    GrantRef,
+    P2mType,
+    RingRequest,
+)
 
 FIRST_RESERVED_DOMID = 0x7FF0
 SLACK_PAGES = 64
@@ -211,6 +222,7 @@ class Host:
             pause_count=domain.pause_count,
             dying=domain.dying,
             kind=domain.kind,
+            crashed=domain.crashed,
         )
 
     # -- what a guest and its toolstack do with memory ---------------------------------------------------------------
@@ -234,6 +246,7 @@ class Host:
             domain = self.books.domains[domid]
             if vcpu is not None and domain.ring_mfn is not None:
                 domain.waiting_vcpus.add(vcpu)
+                domain.ring_events[-1] = RingRequest(gfn, vcpu)
             elif vcpu is not None:
                 domain.crashed = True
             raise
@@ -415,8 +428,8 @@ class Host:
         self._existing(domid, "set_hvm_param").hvm_params[parameter] = value
 
     def ring_events(self, domid: DomId) -> tuple[Gfn, ...]:
-        """The gfns that were posted on the sharing ring since it was enabled or the domain resumed, oldest first."""
-        return tuple(Gfn(gfn) for gfn in self._existing(domid, "ring_events").ring_events)
+        """The gfns that were posted on the sharing ring and are not done with, oldest first."""
+        return tuple(request.gfn for request in self._existing(domid, "ring_events").ring_events)
 
     @staticmethod
     def _granted_gfn(domain: Domain, ref: int, call: str) -> Gfn:

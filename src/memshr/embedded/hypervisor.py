@@ -38,6 +38,7 @@ from memshr.types import (
     PageArray,
     PageBytes,
     PageRef,
+    RingRequest,
     Statuses,
 )
 
@@ -374,6 +375,7 @@ class EmbeddedHypervisor(Host):
         self.memory.writable_frames.add(domain.ring_mfn)
         self.memory.hold(domain.ring_mfn)
         domain.ring_events.clear()
+        domain.ring_answers = 0
         return _RING_PORT
 
     def ring_disable(self, domid: DomId) -> None:
@@ -383,13 +385,32 @@ class EmbeddedHypervisor(Host):
             raise error_of("ring_disable", Status.EINVAL, domid=domid)
         self.disable_ring(domain)
 
+    def _with_ring(self, domid: DomId, call: str) -> Domain:
+        domain = self._existing(domid, call)
+        if domain.ring_mfn is None and not domain.dying:
+            raise error_of(call, Status.ENODEV, domid=domid)
+        return domain
+
+    def ring_requests(self, domid: DomId) -> tuple[RingRequest, ...]:
+        """See the seam."""
+        domain = self._with_ring(domid, "ring_requests")
+        return tuple(domain.ring_events[domain.ring_answers :])
+
+    def ring_respond(self, domid: DomId, count: int | None = None) -> None:
+        """See the seam."""
+        domain = self._with_ring(domid, "ring_respond")
+        there = len(domain.ring_events) - domain.ring_answers
+        if count is not None and not 0 <= count <= there:
+            raise error_of("ring_respond", Status.EINVAL, domid=domid)
+        domain.ring_answers += there if count is None else count
+
     def domain_resume(self, domid: DomId) -> None:
         """See the seam."""
-        domain = self._existing(domid, "domain_resume")
-        if domain.ring_mfn is None and not domain.dying:
-            raise error_of("domain_resume", Status.ENODEV, domid=domid)
-        domain.ring_events.clear()
-        domain.waiting_vcpus.clear()
+        domain = self._with_ring(domid, "domain_resume")
+        answered = {request.vcpu for request in domain.ring_events[: domain.ring_answers]}
+        del domain.ring_events[: domain.ring_answers]
+        domain.ring_answers = 0
+        domain.waiting_vcpus -= answered - {request.vcpu for request in domain.ring_events}
 
     def fork(self, parent: DomId, child: DomId) -> None:
         """See the seam. The child's max_pages become the parent's; pages that the child has already stay."""

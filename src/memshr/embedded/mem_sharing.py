@@ -20,7 +20,7 @@ from memshr.embedded.memory import MachineMemory
 from memshr.embedded.p2m import CHUNK_BITS_PER_DOMAIN, HOLE, HOLES, TYPE_BITS, TYPE_MASK, P2m, entry, is_ram
 from memshr.embedded.shared_frames import NO_SLOT, SharedFrames, Slots, page_id, page_of
 from memshr.errors import Status
-from memshr.types import DOMID_COW, MAX_GFN_BITS, DomainKind, Handles, P2mType, Statuses
+from memshr.types import DOMID_COW, MAX_GFN_BITS, DomainKind, Gfn, Handles, P2mType, RingRequest, Statuses
 
 _SHARED = int(P2mType.RAM_SHARED)
 _RW = int(P2mType.RAM_RW)
@@ -56,8 +56,10 @@ class Domain:
     hvm_params: dict[int, int] = field(default_factory=dict)
     ring_mfn: int | None = None
     """The frame of the sharing ring, while it is enabled."""
-    ring_events: list[int] = field(default_factory=list)
-    """The gfns that could not be unshared for lack of memory, as posted on the ring."""
+    ring_events: list[RingRequest] = field(default_factory=list)
+    """What could not be unshared for lack of memory, as posted on the ring and not yet resumed."""
+    ring_answers: int = 0
+    """How many of them, the oldest, have a response in the ring."""
     waiting_vcpus: set[int] = field(default_factory=set)
     """The vCPUs that wait on such a gfn."""
     crashed: bool = False
@@ -226,7 +228,7 @@ class MemSharing:
             fresh = self.memory.allocate(domain.domid, overwritten=True) if room else None
             if fresh is None:
                 if kind == _SHARED and domain.ring_mfn is not None:
-                    domain.ring_events.append(gfn)
+                    domain.ring_events.append(RingRequest(Gfn(gfn), None))
                 return Status.ENOMEM
             own = fresh
             if kind == _SHARED:

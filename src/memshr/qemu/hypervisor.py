@@ -61,6 +61,7 @@ from memshr.types import (
     Handles,
     PageArray,
     PageBytes,
+    RingRequest,
     Statuses,
     page_buffer,
 )
@@ -965,6 +966,14 @@ class QemuHypervisor:
     def ring_disable(self, domid: DomId) -> None:
         """Unsupported, as ring_enable."""
         self._unsupported("ring_disable")
+
+    def ring_requests(self, domid: DomId) -> Sequence[RingRequest]:
+        """Unsupported, as ring_enable."""
+        self._unsupported("ring_requests")
+
+    def ring_respond(self, domid: DomId, count: int | None = None) -> None:
+        """Unsupported, as ring_enable."""
+        self._unsupported("ring_respond")
 
     def domain_resume(self, domid: DomId) -> None:
         """Unsupported, as ring_enable."""

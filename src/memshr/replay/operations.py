@@ -293,7 +293,12 @@ class Operations:
     def audit(self) -> Answer:
         """Check the books; answers the number of errors that Xen's audit counts, and every finding of ours."""
         report = self.hypervisor.audit()
-        return Answer(report.xen_errors, values={"findings": [str(finding) for finding in report.findings]})
+        values: dict[str, object] = {"findings": [str(finding) for finding in report.findings]}
+        if report.unchecked:
+            values["unchecked"] = list(report.unchecked)
+        if report.xen_errors is None:
+            return Answer(-1, Status.ENOSYS, values=values, error="audit: this Xen has none; this is our own")
+        return Answer(report.xen_errors, values=values)
 
     @_operation()
     def freed_pages(self) -> Answer:
@@ -320,8 +325,20 @@ class Operations:
         return Answer()
 
     @_operation(_dom())
+    def ring_requests(self, dom: DomId) -> Answer:
+        """What lies in the ring unanswered; rc is how many requests there are."""
+        requests = [{"gfn": each.gfn, "vcpu": each.vcpu} for each in self.hypervisor.ring_requests(dom)]
+        return Answer(len(requests), values={"requests": requests})
+
+    @_operation(_dom(), _number("count", None))
+    def ring_respond(self, dom: DomId, count: int | None) -> Answer:
+        """Put responses to the oldest count requests into the ring; to all if count is left out."""
+        self.hypervisor.ring_respond(dom, count)
+        return Answer()
+
+    @_operation(_dom())
     def domain_resume(self, dom: DomId) -> Answer:
-        """Let vCPUs that wait for memory try again."""
+        """Let vCPUs whose requests are answered in the ring try again."""
         self.hypervisor.domain_resume(dom)
         return Answer()
 

@@ -96,7 +96,7 @@ def analyse(
 ) -> Estimate:
     """What sharing would save in ``subjects``: exactly, or within bounds if a sample is drawn.
 
-    :param subjects: they get the domids 1, 2, ... in this order.
+    :param subjects: those without a domid get the numbers 1, 2, ... in this order; no two may have the same domid.
     :param new_seed: gives an unpredictable seed of ``fingerprint.SEED_BITS`` bits.
     :param clock: seconds, from anywhere on. :param wait: waits for so many seconds.
     :param progress: called now and then, by any thread.
@@ -160,7 +160,8 @@ _SAMPLE_THREADS = 8
 def _groups(population: Population, specs: Sequence[str]) -> Groups:
     names = {population.domid(number): subject.pages.name for number, subject in enumerate(population.subjects)}
     found = trust_groups(names, specs, lambda: 0)
-    members = [[domid - 1 for domid in group.domids] for group in found]
+    number_of = {domid: number for number, domid in enumerate(population.domids)}
+    members = [[number_of[domid] for domid in group.domids] for group in found]
     group_of = [0] * len(names)
     for group, numbers in enumerate(members):
         for number in numbers:

@@ -7,7 +7,7 @@ and a domain is a slice of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,9 @@ _STATES_STRIDE = 1 << 20
 
 
 class Population:
-    """The pages of ``subjects``; their domids count from 1. May be used by several threads at once.
+    """The pages of ``subjects``. May be used by several threads at once.
+
+    Subjects that have a domid keep it. The others get the smallest numbers from 1 on that no subject has.
 
     :raises MemshrError: there are more pages than an estimate can number.
     """
@@ -39,11 +41,15 @@ class Population:
                 f"{self.rows} pages are more than one estimate can number ({MAX_ROWS - 1})",
                 remedy="estimate fewer sources at a time",
             )
+        taken = {subject.domid for subject in subjects}
+        free = (DomId(number) for number in count(1) if number not in taken)
+        self.domids = [next(free) if subject.domid is None else subject.domid for subject in subjects]
+        """the domid of each subject; no two are the same"""
         self.live = np.array([subject.pages.live for subject in subjects], np.bool_)
 
     def domid(self, subject: int) -> DomId:
         """The domid of the subject with this number (from 0 on)."""
-        return DomId(subject + 1)
+        return self.domids[subject]
 
     def subjects_of(self, rows: Rows) -> NDArray[np.int64]:
         """The number of the subject that each row is of."""

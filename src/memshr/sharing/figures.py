@@ -31,6 +31,8 @@ class DomainFigures:
     intra_pages: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     gone: bool = False
+    refusal: str = ""
+    """Why the hypervisor does not let its pages be looked at; then none of them is in any other figure."""
 
     def rest(self) -> int:
         """The pages that are in no figure yet."""
@@ -119,7 +121,10 @@ class GroupFigures:
     def close(self, *, reached: bool) -> None:
         """Count what was not reached, and what of domains that are gone is no figure any more."""
         for figures in self.domains.values():
-            if figures.gone:
+            if figures.refusal:
+                figures.absent_pages = figures.zero_pages = 0
+                figures.dropped = Counter(refused=figures.total_pages)
+            elif figures.gone:
                 figures.absent_pages = figures.zero_pages = 0
                 figures.dropped = Counter(domain_gone=figures.total_pages)
             elif not reached:
@@ -169,6 +174,13 @@ def sharing_report(groups: Sequence[GroupFigures], audit: AuditReport, stopped: 
         dropped=_in_order(dropped),
         collisions=sum(group.collisions for group in groups),
         stopped=stopped,
+        left_out=tuple(
+            f"{figures.name or 'domain'} ({domid}): {figures.refusal}"
+            for group in groups
+            for domid, figures in group.domains.items()
+            if figures.refusal
+        ),
+        audit_unchecked=audit.unchecked,
     )
 
 

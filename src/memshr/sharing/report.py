@@ -88,6 +88,8 @@ class SharingReport:
     * ``collisions``: pages that had the fingerprint of others but not their contents: each cost one compare.
     * ``counters``: the host's own, after the session.
     * ``stopped``: why the session ended early, in one line; None if it came to its end.
+    * ``left_out``: domains whose pages the hypervisor did not let us look at, with the reason, a line each.
+    * ``audit_unchecked``: what the audit afterwards could not check, a line each.
     """
 
     total_pages: int
@@ -105,11 +107,13 @@ class SharingReport:
     dropped: dict[str, int]
     collisions: int
     stopped: str | None
+    left_out: tuple[str, ...] = ()
+    audit_unchecked: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain dicts, lists, strings and numbers: what ``--json`` prints."""
         plain: dict[str, Any] = asdict(self)
-        for key in ("audit_findings", "domains", "pairs"):
+        for key in ("audit_findings", "domains", "pairs", "left_out", "audit_unchecked"):
             plain[key] = list(plain[key])
         for pair in plain["pairs"]:
             pair["domids"], pair["names"] = list(pair["domids"]), list(pair["names"])

@@ -12,7 +12,9 @@ no two pages shared that differ, and no page be left nominated that shares with 
    earlier session all of whose gfns are known to be in one domain. (Xen itself dies if the client's frame is mapped by
    a third domain.) A frame of an earlier session that has gfns outside the class is left alone: they may be in
    another trust group now.
-5. What this session nominated and could not share is taken back, whatever happens.
+5. What this session nominated and could not share is taken back, whatever happens: also when an exception strikes
+   between the hypervisor's answer and our noting it down. So no handle is needed for it: the pages of a batch are known
+   before they are nominated, and whoever of them is alone on a frame afterwards is unshared.
 
 Fresh nominations are told from old ones by their handles: a new handle is greater than any before it. With no page
 shared at the start, all are new; else one page that is not shared is nominated first to see where new handles begin; if
@@ -31,7 +33,16 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.errors import DomainError, MemshrError, NotSharableError, Status
+from memshr.errors import (
+    CallError,
+    DomainDyingError,
+    DomainError,
+    InvariantError,
+    MemshrError,
+    NoSuchDomainError,
+    NotSharableError,
+    Status,
+)
 from memshr.hypervisor import Capability, Hypervisor, error_of
 from memshr.sharing.candidates import Classes, Rows, classify, repeated
 from memshr.sharing.figures import GroupFigures, sharing_report
@@ -119,7 +130,8 @@ def share(
     :raises BackendError: the host cannot go on; what was nominated and not shared has been taken back as far as the
         host still answers.
 
-    A domain that goes away in mid-run is skipped. When the host runs out of memory the session stops, and the report
+    A domain that goes away in mid-run is skipped, and so is one that the hypervisor refuses, with its reason in the
+    report. When the host runs out of memory the session stops, and the report
     says so. Running it again over the same domains finds what is new.
 
     Cost: reading all memory once, plus nominating, comparing and sharing the candidates. Memory: two buffers, some 40
@@ -254,8 +266,10 @@ class _GroupSession:
             try:
                 populated[domid] = self._hypervisor.populated_ranges(domid)
                 figures.total_pages = int(populated[domid][:, 1].sum())
-            except DomainError:
+            except (NoSuchDomainError, DomainDyingError):
                 figures.gone = True
+            except DomainError as error:
+                figures.refusal = str(error)
         return populated
 
     def _shares_already(self) -> bool:
@@ -288,8 +302,11 @@ class _GroupSession:
                     scan = scanner.scan(domid, gfns, advance)
                 else:
                     scan = scanner.scan_sharing(domid, gfns, frames, advance)
-            except DomainError:
+            except (NoSuchDomainError, DomainDyingError):
                 figures.gone = True
+                continue
+            except DomainError as error:
+                figures.refusal = str(error)
                 continue
             figures.dropped["not_sharable"] += int(np.count_nonzero(~scan.readable))
             found.append(_scanned(domid, scan, frames))
@@ -308,12 +325,20 @@ class _GroupSession:
             try:
                 self._hypervisor.debug_gfn(domid, gfn)
             except NotSharableError:
-                with suppress(MemshrError):
-                    self._oldest_fresh = int(self._hypervisor.nominate_gfn(domid, gfn))
-                    self._hypervisor.unshare_gfn(domid, gfn)
-                    return
+                pass
             except DomainError:
                 continue
+            else:
+                continue  # it is shared
+            try:
+                self._oldest_fresh = int(self._hypervisor.nominate_gfn(domid, gfn))
+                self._hypervisor.unshare_gfn(domid, gfn)
+            except CallError:
+                continue
+            except BaseException:
+                self._take_back(PageArray(np.array([domid], np.uint16), np.array([gfn], np.int64)))
+                raise
+            return
 
     def _spare_huge_pages(self) -> None:
         # Leave out what lies in huge pages of which too few pages could be shared or released.
@@ -403,10 +428,26 @@ class _GroupSession:
         if len(pages):
             self._hypervisor.unshare_gfns(pages)
 
-    def _take_back(self, nominated: _Nominated) -> None:
-        # After an exception: whatever went wrong, try to leave nothing nominated; the exception is what matters.
-        with suppress(MemshrError):
-            self._unshare(nominated.pages[nominated.fresh])
+    def _take_back(self, pages: PageArray) -> None:
+        # After an exception: leave nothing of a batch nominated, however far nominating and sharing it had come. If
+        # another exception strikes meanwhile, once more from the start; the caller then lets the first one through.
+        for _ in range(_ATTEMPTS_TO_TAKE_BACK):
+            try:
+                self._unshare_alone(pages)
+            except InvariantError:
+                raise
+            except BaseException:  # the first exception is the one that the user sees
+                continue
+            return
+
+    def _unshare_alone(self, pages: PageArray) -> None:
+        # Unshare the pages that are alone on a frame. Where handles tell fresh nominations from old ones, those that
+        # somebody else had nominated before stay so; where they do not, to unshare them costs nobody anything.
+        alone = pages[self._hypervisor.debug_gfns(pages) == 1]
+        if self._oldest_fresh and len(alone):
+            handles, statuses = self._hypervisor.nominate_gfns(alone)  # they are: this asks for their handles
+            alone = alone[(statuses == Status.OK) & (handles >= self._oldest_fresh)]
+        self._unshare(alone)
 
     # -- zero pages --------------------------------------------------------------------------------------------------
 
@@ -427,11 +468,10 @@ class _GroupSession:
         advance = self._advancing("zero pages", len(pages))
         for first in range(0, len(pages), self._batch_pages):
             batch = pages[first : first + self._batch_pages]
-            nominated = self._nominate(batch)
             try:
-                self._release_nominated(nominated)
+                self._release_nominated(self._nominate(batch))
             except BaseException:
-                self._take_back(nominated)
+                self._take_back(batch)
                 raise
             advance(len(batch))
             if self.stopped is not None:
@@ -556,8 +596,9 @@ class _GroupSession:
         # One batch from nominate to share. ``scanned`` has the fingerprints of the first sample, if what is read now is
         # a second one. Returns the rows whose contents are not those of their class, not shared and not nominated any
         # more, with fingerprints by which to find them partners.
-        nominated = self._nominate(self._pages[rows])
+        batch = self._pages[rows]
         try:
+            nominated = self._nominate(batch)
             self._contents[rows] = _OUT
             readable, words = self._read(nominated)
             if scanned is not None:
@@ -572,7 +613,7 @@ class _GroupSession:
                 readable, rows, classes = readable[equal], rows[equal], classes[equal]
             frames, kept = self._share_nominated(readable, classes)
         except BaseException:
-            self._take_back(nominated)
+            self._take_back(batch)
             raise
         self._contents[rows[kept]] = classes[kept]
         self._frames[rows[kept]] = frames[kept]
@@ -598,7 +639,10 @@ class _GroupSession:
             lost = statuses == Status.S_HANDLE_INVALID
             if (statuses == Status.ESRCH).any():
                 lost |= (statuses == Status.ESRCH) & np.isin(pages.domids[sources], self._gone_domids(pages))
-            failed = ~shared & ~lost
+            # A frame of an earlier session that the hypervisor does not give up: nothing has happened to it, and its
+            # contents were compared. It is counted as what it is, a frame more than is needed.
+            unmoved = (statuses == Status.EBUSY) & ~batch.fresh[clients]
+            failed = ~shared & ~lost & ~unmoved
             kept[clients[failed]] = False
             self._drop_by_status(pages[clients[failed]], statuses[failed], _SHARE_REASONS)
             clients = clients[lost]
@@ -628,7 +672,7 @@ class _GroupSession:
         for domid in np.unique(pages.domids).tolist():
             try:
                 self._hypervisor.domain_info(domid)
-            except DomainError:
+            except (NoSuchDomainError, DomainDyingError):
                 self._figures.domains[domid].gone = True
                 gone.append(domid)
         return gone
@@ -654,6 +698,7 @@ _DOMID_BITS = 16
 _FRAME_NAME = np.uint64(1 << 63)
 _ALONE = 1 << 62
 _PROBES = 16
+_ATTEMPTS_TO_TAKE_BACK = 3
 
 
 def _scanned(domid: DomId, scan: Scan, frames: NDArray[np.int64] | None) -> _Scanned:

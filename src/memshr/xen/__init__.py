@@ -1,9 +1,11 @@
 """A real Xen host, through its own libraries: the mechanism behind ``xen:``.
 
 ``open_host`` gives the seam. ``libxc`` holds every C prototype and structure, ``connection`` finds library and
-hypervisor and checks both, ``mappings`` maps pages of domains to read them, ``groups`` remembers which pages it put on
-one frame, ``names`` asks xenstore for names, ``hypervisor`` is the seam on them, and ``audit`` counts Xen's books once
-more from outside. ``throwaway`` makes domains to test with, and ``standin`` plays the library on machines without Xen.
+hypervisor and checks both, ``mappings`` maps pages of domains to read them, ``search`` finds where they are,
+``groups`` remembers which pages are on one frame, ``ring`` is the page through which Xen asks for memory, ``names``
+asks xenstore for names, ``hypervisor`` is the seam on them, and ``audit`` counts Xen's books once more from outside,
+with ``bulk`` for many questions at once. ``throwaway`` makes domains to test with, and ``standin`` plays the library on
+machines without Xen.
 """
 
 from memshr.xen.connection import Connection, HostFacts, connect, runs_xen

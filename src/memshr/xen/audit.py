@@ -11,22 +11,29 @@ from __future__ import annotations
 import ctypes
 import errno
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from memshr import errors
-from memshr.types import AuditFinding, AuditReport, DomainInfo
-from memshr.xen.mappings import NEAR_PAGES
+from memshr.types import AuditFinding, AuditReport, DomainInfo, DomId
+from memshr.xen.bulk import CALLS, Bulk
+from memshr.xen.search import NEAR_PAGES, SPREAD
 
 if TYPE_CHECKING:
     from memshr.xen.connection import Connection
     from memshr.xen.hypervisor import XenHypervisor
 
 PATIENCE_S = 30.0
-"""Seconds that our count may take. A debug build of Xen writes two lines to its console for every page asked about."""
+"""Seconds that our count takes unless somebody has more patience. A debug build of Xen writes two lines to its console
+for every page asked about."""
 
 _CONSOLE_BYTES = 1 << 16
 _ATTEMPTS = 3
+_GFNS_AT_ONCE = CALLS
 # What Xen's audit says on its console, and which invariant is broken then; whatever else it says is of the p2m (I3).
 # The words are those of audit() in Xen's mem_sharing.c.
 _SAID = (
@@ -70,11 +77,16 @@ class Console:
 
 
 class Auditor:
-    """One audit of one host."""
+    """One audit of one host.
 
-    def __init__(self, hypervisor: XenHypervisor, connection: Connection) -> None:
+    :param patience_s: how long our count may take; Xen's walk takes what it takes.
+    """
+
+    def __init__(self, hypervisor: XenHypervisor, connection: Connection, patience_s: float = PATIENCE_S) -> None:
         self._hypervisor = hypervisor
         self._connection = connection
+        self._patience_s = patience_s
+        self._unchecked: list[str] = []
 
     def run(self) -> AuditReport:
         """Both walks. Where pages change while we count, our count is not judged: it proves nothing."""
@@ -90,15 +102,16 @@ class Auditor:
                 )
             )
         findings += self._count()
-        return AuditReport(tuple(findings), xen_errors, self._hypervisor.counters())
+        return AuditReport(tuple(findings), xen_errors, self._hypervisor.counters(), tuple(self._unchecked))
 
-    def _xen_audit(self) -> tuple[int, list[str]]:
+    def _xen_audit(self) -> tuple[int | None, list[str]]:
         console = Console(self._connection)
         answer = self._connection.libxc.xc_memshr_audit(self._connection.xch)
         if answer < 0:
             number = ctypes.get_errno()
             if number in (errno.ENOSYS, errno.EOPNOTSUPP):
-                return 0, []  # left out of this build
+                self._unchecked.append("Xen's own audit: it is left out of release builds of the hypervisor")
+                return None, []
             raise errors.PermissionDeniedError(f"audit: the hypervisor refuses it (errno {number})")
         return int(answer), [line for line in console.lines() if "mem_sharing.c" in line] if answer else []
 
@@ -108,14 +121,23 @@ class Auditor:
         return AuditFinding(invariant, None, None, None, "books that Xen's audit accepts", line, "said by Xen's audit")
 
     def _count(self) -> list[AuditFinding]:
+        bulk = Bulk(self._connection)
+        try:
+            return self._count_with(bulk)
+        finally:
+            bulk.close()
+
+    def _count_with(self, bulk: Bulk) -> list[AuditFinding]:
+        # Three times at most; a count under which something changed is not judged.
         hypervisor = self._hypervisor
-        deadline_s = time.monotonic() + PATIENCE_S
+        # Who must not be asked is found out first: it may take a domain more, and asking enables nothing.
+        askable = {info.domid: hypervisor.sharing_enabled(info.domid) for info in self._sharing()}
+        deadline_s = time.monotonic() + self._patience_s
         for _ in range(_ATTEMPTS):
-            before = hypervisor.counters()
-            domains = hypervisor.domains()
-            total = sum(info.shr_pages for info in domains)
+            before, domains = hypervisor.counters(), self._sharing()
             if hypervisor.counters() != before:
                 continue
+            total = sum(info.shr_pages for info in domains)
             if total != before.used_frames + before.freed_pages:
                 return [
                     AuditFinding(
@@ -125,53 +147,90 @@ class Auditor:
                         "used_frames and freed_pages count other pages than the domains do",
                     )
                 ]
-            findings, frames, counted = [], Fraction(), 0
-            for info in domains:
-                if (found := self._count_domain(info, deadline_s)) is None:
-                    continue
-                counted += found[0]
-                frames += found[1]
-                if found[0] != info.shr_pages:
-                    findings.append(
-                        AuditFinding(
-                            *("I6", info.domid, None, None),
-                            f"{info.shr_pages} shared pages, as the domain's shr_pages says",
-                            f"{found[0]} gfns that debug_gfn knows to be shared",
-                            "a p2m entry was lost under the reverse map, or the counter is wrong",
-                        )
-                    )
-            if hypervisor.counters() != before or hypervisor.domains() != domains:
+            counts = [_Count(bulk, info, askable.get(info.domid)) for info in domains]
+            for count in counts:
+                count.go_through(hypervisor.maximum_gfn, deadline_s)
+            if hypervisor.counters() != before or self._sharing() != domains:
                 continue
-            if counted == total and frames != before.used_frames:
-                findings.append(
-                    AuditFinding(
-                        *("I4", None, None, None),
-                        f"{before.used_frames} shared frames, as used_frames says",
-                        f"{float(frames):.3f}, by the number of gfns that each shared page says are on its frame",
-                        "a frame's reference count is not the number of its gfns",
-                    )
-                )
-            return findings
+            self._unchecked += [why for count in counts if (why := count.why_unfinished)]
+            return self._judged(counts, total, before.used_frames)
+        self._unchecked.append("our own count: pages went on being shared and written while we counted")
         return []
 
-    def _count_domain(self, info: DomainInfo, deadline_s: float) -> tuple[int, Fraction] | None:
-        # How many gfns are shared, and how many frames that makes; None if it was not counted to the end. No page is
-        # mapped for it: that would fill the holes of a fork. To ask about a page enables sharing on its domain, so
-        # where somebody switched it off nothing is asked.
-        hypervisor = self._hypervisor
-        if not info.shr_pages:
-            return 0, Fraction()
-        if info.dying or not hypervisor.sharing_enabled(info.domid):
-            return None
-        pages, frames = 0, Fraction()
-        highest = hypervisor.maximum_gfn(info.domid)
-        debug, xch = self._connection.libxc.xc_memshr_debug_gfn, self._connection.xch
-        for gfn in range(min(highest + 1, NEAR_PAGES)):
-            if (sharers := debug(xch, info.domid, gfn)) > 0:
-                pages += 1
-                frames += Fraction(1, sharers)
-                if pages == info.shr_pages:
-                    return pages, frames
-            if not gfn & 0xFFF and time.monotonic() > deadline_s:
-                return None
-        return None if highest >= NEAR_PAGES else (pages, frames)
+    def _sharing(self) -> list[DomainInfo]:
+        return [info for info in self._hypervisor.domains() if info.shr_pages]
+
+    @staticmethod
+    def _judged(counts: Sequence[_Count], total_pages: int, used_frames: int) -> list[AuditFinding]:
+        findings = [
+            AuditFinding(
+                *("I6", count.info.domid, None, None),
+                f"{count.info.shr_pages} shared pages, as the domain's shr_pages says",
+                f"{count.pages} gfns that debug_gfn knows to be shared",
+                "a p2m entry was lost under the reverse map, or the counter is wrong",
+            )
+            for count in counts
+            if not count.why_unfinished and count.pages != count.info.shr_pages
+        ]
+        frames = sum((count.frames for count in counts), Fraction())
+        if sum(count.pages for count in counts) == total_pages and frames != used_frames:
+            findings.append(
+                AuditFinding(
+                    *("I4", None, None, None),
+                    f"{used_frames} shared frames, as used_frames says",
+                    f"{float(frames):.3f}, by the number of gfns that each shared page says are on its frame",
+                    "a frame's reference count is not the number of its gfns",
+                )
+            )
+        return findings
+
+
+class _Count:
+    """How many gfns of a domain are shared, and how many frames that makes.
+
+    No page is mapped for it: that would fill the holes of a fork. To ask about a page enables sharing on its domain, so
+    where somebody switched it off nothing is asked.
+    """
+
+    def __init__(self, bulk: Bulk, info: DomainInfo, enabled: bool | None) -> None:
+        self._bulk = bulk
+        self.info = info
+        self.pages = 0
+        self.frames = Fraction()
+        self.why_unfinished = ""
+        self._of_sharers: Counter[int] = Counter()
+        name = f"the {info.shr_pages} shared pages of domain {info.domid}"
+        if info.dying:
+            self.why_unfinished = f"{name}: it is being destroyed"
+        elif enabled is False:
+            self.why_unfinished = f"{name}: sharing was switched off on it, and to ask would switch it on again"
+        elif enabled is None:
+            self.why_unfinished = f"{name}: to ask might switch sharing on, and no domain could be made to find out"
+
+    def go_through(self, maximum_gfn: Callable[[DomId], int], deadline_s: float) -> None:
+        """Ask about one gfn after the other, where guests have pages first: low down, and at the top."""
+        if self.why_unfinished:
+            return
+        reach = (self.info.tot_pages + self.info.shr_pages) * SPREAD
+        end = maximum_gfn(self.info.domid) + 1
+        low, near = min(end, reach + _GFNS_AT_ONCE), min(end, NEAR_PAGES + reach)
+        far = max(near, end - reach - _GFNS_AT_ONCE)
+        in_time = True
+        for gfns in (range(low), range(end - 1, far - 1, -1), range(low, near)):
+            for start in range(0, len(gfns), _GFNS_AT_ONCE):
+                if in_time and self.pages < self.info.shr_pages:
+                    self._ask(gfns[start : start + _GFNS_AT_ONCE])
+                    in_time = time.monotonic() <= deadline_s
+        self.frames = sum((Fraction(times, sharers) for sharers, times in self._of_sharers.items()), Fraction())
+        lacking = self.info.shr_pages - self.pages
+        if lacking > 0 and (far > near or not in_time):
+            self.why_unfinished = (
+                f"{lacking} of the {self.info.shr_pages} shared pages of domain {self.info.domid}: "
+                + ("they lie in a part of its address space that is not looked at" if in_time else "time was up")
+            )
+
+    def _ask(self, gfns: range) -> None:
+        sharers = self._bulk.sharers(self.info.domid, np.arange(gfns.start, gfns.stop, gfns.step))
+        shared = sharers[sharers > 0].tolist()
+        self._of_sharers.update(shared)
+        self.pages += len(shared)

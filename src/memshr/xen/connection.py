@@ -52,6 +52,8 @@ class Connection:
         # Without a logger of ours the library writes its own story to stderr; users get one line, from us.
         self._logger = functions.xtl_createlogger_stdiostream(libxc.standard_error(), libxc.XTL_SILENT, 0)
         self.xch = self.fmem = None
+        self.logger = self._logger
+        """The library's logger, which says nothing; for other libraries of Xen."""
         ctypes.set_errno(0)
         self.xch = functions.xc_interface_open(self._logger, self._logger, 0)
         if not self.xch:

@@ -2,13 +2,14 @@
 
 Xen 4.17 dies ("mm locking order violation") when a share gives up a client's frame that some third domain maps, too.
 Xen tells how many gfns are on a frame, not which. This remembers, for a bounded number of frames, the pages that
-were put together here; whoever wants to give a frame up compares that with what Xen counts, and refuses what it
-cannot prove.
+were put together here, and those that were put together by others and that Xen gave the same handle for; whoever wants
+to give a frame up compares that with what Xen counts, and refuses what it cannot prove.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from memshr.types import DomId, Gfn, Handle
 
@@ -19,32 +20,36 @@ MAX_PAGES_OF_A_FRAME = 1024
 
 
 class Groups:
-    """The pages of each shared frame, by the frame's handle, as far as this process put them there.
+    """The pages of each shared frame, by the frame's handle, as far as this process has put or seen them there.
 
     Bounded: the frames that were touched longest ago, and frames with very many pages, are forgotten. To forget is
     safe; a frame that is not known is never given up while it has more than one page.
     """
 
     def __init__(self, max_frames: int = MAX_FRAMES) -> None:
-        self._pages: OrderedDict[Handle, list[Page]] = OrderedDict()
+        self._pages: OrderedDict[Handle, set[Page]] = OrderedDict()
         self._max_frames = max_frames
 
     def join(self, source: Page, source_handle: Handle, client: Page, client_handle: Handle) -> None:
         """The client's frame was given up for the source's."""
         moved = self._pages.pop(client_handle, None)
-        self._add(source_handle, source, [client] if moved is None else moved)
+        self._add(source_handle, {source, client} if moved is None else moved | {source})
 
-    def learn(self, handle: Handle, pages: list[Page]) -> None:
+    def learn(self, handle: Handle, pages: Iterable[Page]) -> None:
         """These are all the pages of a frame, as was just found out."""
-        self._pages[handle] = pages
+        self._pages[handle] = set(pages)
+
+    def seen(self, handle: Handle, pages: Iterable[Page]) -> None:
+        """These pages are on one frame: Xen has one handle for all of them."""
+        self._add(handle, set(pages))
 
     def plug(self, source: Page, handle: Handle, client: Page) -> None:
         """A page was put on the source's frame without giving up another."""
-        self._add(handle, source, [client])
+        self._add(handle, {source, client})
 
-    def _add(self, handle: Handle, source: Page, pages: list[Page]) -> None:
-        together = self._pages.pop(handle, None) or [source]
-        together += pages
+    def _add(self, handle: Handle, pages: set[Page]) -> None:
+        together = self._pages.pop(handle, set())
+        together |= pages
         if len(together) > MAX_PAGES_OF_A_FRAME:
             return
         self._pages[handle] = together

@@ -6,7 +6,9 @@ What makes this hard is not the calls, which libxc does, but what surrounds them
   those has lost its file descriptor. EINVAL and ESRCH do not say which of two domains they are about: we look.
 * A foreign mapping is a reference that keeps a page from being nominated, and a look at a populate-on-demand page
   allocates it. So mappings are short (``mappings``) and domains with such pages are not looked at.
-* Xen 4.17 dies of some shares. They are not issued: ``_may_give_up``.
+* Xen 4.17 dies or hangs of some calls. They are not issued. docs/xen-host.md lists them, with where each is refused.
+* To ask Xen about a page enables sharing on its domain. Who wants to know first whether it is enabled needs another
+  domain to ask with: ``sharing_enabled``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import ctypes
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -26,6 +28,7 @@ from memshr import errors
 from memshr.errors import Status
 from memshr.hypervisor import Capability, error_of
 from memshr.types import (
+    MAX_GFN_BITS,
     AuditReport,
     Counters,
     DomainInfo,
@@ -37,25 +40,29 @@ from memshr.types import (
     Handles,
     PageArray,
     PageBytes,
+    RingRequest,
     Statuses,
 )
 from memshr.xen import libxc
-from memshr.xen.audit import Auditor
+from memshr.xen.audit import PATIENCE_S, Auditor
 from memshr.xen.connection import Connection, HostFacts
 from memshr.xen.groups import Groups, Page
 from memshr.xen.libxc import RELEASES, DominfFlag
-from memshr.xen.mappings import BATCH_PAGES, NEAR_PAGES, Mappings
+from memshr.xen.mappings import Mappings
 from memshr.xen.names import Names
+from memshr.xen.ring import SharingRing
+from memshr.xen.search import Search
+from memshr.xen.throwaway import ThrowawayDomains
 
 _log = logging.getLogger(__name__)
 
-_SPREAD = 4
 _DOMAINS_AT_ONCE = 256
 _FIRST_RESERVED_DOMID = 0x7FF0
 _NOWHERE = (1 << 52) - 1
 # A frame number that no domain has. libxc marks grant references with bit 62 of a gfn, so a gfn from outside must
 # not get that far; Xen answers for this one as for every gfn where nothing is.
 _Place = tuple[DomId, Gfn | GrantRef]
+_REFUSE_ENABLING = (Status.EOPNOTSUPP, Status.ENODEV, Status.EXDEV)
 _HANDLE_CALLS = frozenset({"share_gfns", "share_grefs", "add_to_physmap"})
 _NO_SHARING = (errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -75,22 +82,38 @@ class XenHypervisor:
         self._xch = connection.xch
         self._debug = self._libxc.xc_memshr_debug_gfn
         self._share_gfns = self._libxc.xc_memshr_share_gfns
-        self._mappings = Mappings(connection)
+        self._mappings = Mappings(connection, lambda domid: bool(self.sharing_enabled(DomId(domid))))
         self._names = Names() if names is None else names
         self._dtype = libxc.domaininfo_dtype(self._libxc.release)
         self._enabled: set[int] = set()  # domains that Xen has sharing enabled on, as far as we saw
         self._readable: set[int] = set()  # domains whose pages may be looked at
         self._groups = Groups()
+        self._newest_handle = 0  # that Xen was seen to give out
         self._forks: dict[int, int] = {}  # child -> parent, as far as they were made here
-        self._sharing = self._libxc.xc_sharing_used_frames(self._xch) >= 0
-        if not self._sharing and (number := ctypes.get_errno()) not in _NO_SHARING:
-            raise errors.PermissionDeniedError(f"memory sharing cannot be asked about: {os.strerror(number)}")
+        self._responses: dict[int, int] = {}  # domid -> what has been answered so far, of rings that were enabled here
+        self._asker: ThrowawayDomains | None = None
+        self.unseen_pages: dict[DomId, int] = {}
+        """Of domains that were looked over: pages that they have, and that were not found."""
+        self._sharing = self._is_built_in()
         extraversion = connection.text(libxc.XENVER_EXTRAVERSION, libxc.EXTRAVERSION_BYTES)
         self.facts = HostFacts(
             version=f"{self._libxc.release}{extraversion}",
             library=self._libxc.soname,
             capabilities=connection.text(libxc.XENVER_CAPABILITIES, libxc.CAPABILITIES_BYTES),
             sharing=self._sharing,
+        )
+
+    def _is_built_in(self) -> bool:
+        # The counters read 0 without memory sharing, too. But a question about a page of our own domain is refused
+        # with EPERM where sharing is built in, and with ENOSYS where it is not (seen on both, 4.17.7). It changes
+        # nothing: sharing is never enabled on the domain that asks.
+        if self._debug(self._xch, 0, 0) >= 0 or (number := ctypes.get_errno()) == errno.EPERM:
+            return True
+        if number in _NO_SHARING:
+            return False
+        raise errors.PermissionDeniedError(
+            f"memory sharing cannot be asked about: {os.strerror(number)}",
+            remedy="run in dom0; if XSM is on, its policy must allow memory sharing",
         )
 
     def __enter__(self) -> Self:
@@ -103,7 +126,10 @@ class XenHypervisor:
 
     def close(self) -> None:
         """Close the libraries' handles. Nothing of the host depends on them: what is shared stays shared."""
-        self._connection.close()
+        try:
+            self.dismiss_asker()
+        finally:
+            self._connection.close()
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -149,6 +175,7 @@ class XenHypervisor:
 
     def _domain_info(self, row: np.void) -> DomainInfo:
         flags = DominfFlag(int(row["flags"]) & sum(DominfFlag))
+        reason = int(row["flags"]) >> libxc.DOMINF_SHUTDOWN_SHIFT & libxc.DOMINF_SHUTDOWN_MASK
         kind = DomainKind.PV
         if DominfFlag.HVM_GUEST in flags:
             kind = DomainKind.HVM if DominfFlag.HAP in flags else DomainKind.SHADOW
@@ -162,6 +189,7 @@ class XenHypervisor:
             pause_count=int(DominfFlag.PAUSED in flags),  # Xen tells whether, not how often
             dying=DominfFlag.DYING in flags,
             kind=kind,
+            crashed=DominfFlag.SHUTDOWN in flags and reason == libxc.SHUTDOWN_CRASH,
         )
 
     def _known(self, domid: int) -> DomainInfo | None:
@@ -178,16 +206,13 @@ class XenHypervisor:
         return info
 
     def select(self, name: str) -> list[DomainInfo]:
-        """The domains that a user names: ``all`` (every one whose memory can be read), a domid, or a name.
+        """The domains that a user names: ``all`` (every one but dom0, whatever its kind and state), a domid, or a name.
 
-        :raises NoSuchDomainError: there is none, or a name is that of several.
+        :raises NoSuchDomainError: there is none of that domid or name, or a name is that of several.
         """
         domains = self.domains()
         if name == "all":
-            found = [info for info in domains if info.kind is not DomainKind.PV and not info.dying]
-            if not found:
-                raise errors.NoSuchDomainError("no HVM or PVH domain runs on this host")
-            return found
+            return domains
         if name.isascii() and name.isdecimal():
             return [self.domain_info(DomId(int(name)))]
         found = [info for info in domains if info.name == name]
@@ -197,36 +222,39 @@ class XenHypervisor:
             raise errors.NoSuchDomainError(f"{which} {name!r}", remedy=f"name one by its domid; there are: {names}")
         return found
 
-    def populated_ranges(self, domid: DomId) -> NDArray[np.int64]:
-        """See the seam. Cost: one mapping for BATCH_PAGES gfns up to the highest.
+    def admit(self, domid: DomId, call: str = "share") -> None:
+        """See that a domain's pages may be looked at, and enable sharing on it, as naming it in a call would.
 
-        A page is left out if it lies beyond NEAR_PAGES and four times what the domain has: the address space is 36 bits
-        wide, Xen has no call that lists what is in it, and no guest has its RAM there.
+        :raises NoSuchDomainError: :raises DomainDyingError: it is gone, or going.
+        :raises RefusedDomainError: dom0, PV, shadow paging, a passed-through device, populate-on-demand pages.
+        :raises UnsupportedError: this Xen shares no domain's pages.
+        """
+        self.need_sharing(call)
+        self._look_at(domid, call)
+        if (status := self._first(domid, call)) != Status.OK:
+            raise self._error(call, status, domid)
+
+    def populated_ranges(self, domid: DomId) -> NDArray[np.int64]:
+        """See the seam. Cost: one mapping for BATCH_PAGES gfns up to the highest, or of those that are looked at.
+
+        The address space is 36 bits wide, and Xen has no call that lists what is in it. Gfns are looked at one by one
+        up to NEAR_PAGES and four times what the domain has, and as far down from the highest; and what lies between is
+        probed in steps. What was not found is counted in ``unseen_pages``. (Xen counts some pages that have no gfn,
+        such as the rings of a device model.)
 
         Looking at a page of a fork fills it from its parent. A domain with populate-on-demand pages left is refused,
         because looking would allocate them, and take the domain down when there is no memory for it.
 
-        :raises RefusedDomainError: PV, dom0, or populate-on-demand.
+        :raises RefusedDomainError: PV, dom0, or populate-on-demand. :raises DomainDyingError: it is being destroyed.
         """
         info = self._look_at(domid, "populated_ranges")
         expected = info.tot_pages + info.shr_pages
-        highest = min(self.maximum_gfn(domid), NEAR_PAGES + expected * _SPREAD)
-        runs: list[tuple[int, int]] = []
-        found = 0
-        for first in range(0, highest + 1, BATCH_PAGES):
-            count = min(BATCH_PAGES, highest + 1 - first)
-            present = self._mappings.present(domid, first, count)
-            if not present.any() and found >= expected:
-                break  # every page is accounted for
-            found += int(np.count_nonzero(present))
-            edges = np.flatnonzero(np.diff(present, prepend=False, append=False)) + first
-            for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-                joined = bool(runs) and runs[-1][1] == start
-                runs.append((runs.pop()[0] if joined else start, end))
-        if not found and self._known(domid) is None:
+        present = self._mappings.present
+        search = Search(lambda gfns: present(domid, gfns), self.maximum_gfn(domid), expected)
+        table = search.ranges()
+        self.unseen_pages[domid] = max(expected - search.found_pages, 0)
+        if not search.found_pages and self._known(domid) is None:
             raise error_of("populated_ranges", Status.ESRCH, domid=domid)
-        table = np.array(runs, np.int64).reshape(-1, 2)
-        table[:, 1] -= table[:, 0]
         return table
 
     def maximum_gfn(self, domid: DomId) -> int:
@@ -247,6 +275,8 @@ class XenHypervisor:
             raise error_of(call, Status.EPERM, domid=domid)
         if info is None:
             raise error_of(call, Status.ESRCH, domid=domid)
+        if info.dying:
+            raise self._dying(call, domid)
         if info.kind is DomainKind.PV:
             raise error_of(call, Status.EOPNOTSUPP, domid=domid)
         total, cached, entries = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64()
@@ -323,10 +353,12 @@ class XenHypervisor:
 
     def control(self, domid: DomId, enable: bool) -> None:
         """See the seam."""
-        self._need_sharing("control")
+        self.need_sharing("control")
         self._enabled.discard(domid)
         if self._libxc.xc_memshr_control(self._xch, domid, int(enable)) < 0:
-            raise self._error("control", self._status("control"), domid)
+            status = self._status("control")
+            self._need_vmx("control", status, domid)
+            raise self._error("control", status, domid)
         if enable:
             self._enabled.add(domid)
 
@@ -337,6 +369,7 @@ class XenHypervisor:
         if status == Status.OK:
             answer = self._libxc.xc_memshr_nominate_gfn(self._xch, domid, _wire(gfn), ctypes.byref(handle))
             if answer >= 0:
+                self._newest_handle = max(self._newest_handle, handle.value)
                 return Handle(handle.value)
             status = self._status("nominate_gfn")
         raise self._error("nominate_gfn", status, domid, gfn)
@@ -366,6 +399,7 @@ class XenHypervisor:
         :raises BusyPageError: EBUSY, which is ours and not Xen's: the client's frame has more gfns than its own, and
             it is not certain that they belong to the two domains of the call. Xen 4.17 would crash.
         """
+        self._need_first(source_domid, "share_gfns")
         status = self._share(source_domid, source_gfn, source_handle, client_domid, client_gfn, client_handle)
         if status != Status.OK:
             raise self._share_error("share_gfns", status, (source_domid, source_gfn), (client_domid, client_gfn))
@@ -413,21 +447,46 @@ class XenHypervisor:
         self._enabled.add(client[0])
         return None
 
-    def sharing_enabled(self, domid: DomId) -> bool:
-        """Whether memory sharing is enabled on a domain, asked without enabling it.
+    def sharing_enabled(self, domid: DomId) -> bool | None:
+        """Whether memory sharing is enabled on a domain, asked without enabling it; None if nobody can be asked.
 
-        Xen has no such call: another domain, one with sharing enabled, is made to ask. If none is known yet, the domain
-        is enabled, as any call that named it would.
+        Xen has no such call: another domain, one with sharing enabled, is made to ask. If none is known, an empty
+        throw-away domain is made for it, which ``dismiss_asker`` takes away.
         """
-        while domid not in self._enabled and self._enabled:
-            asker = next(iter(self._enabled))
+        if domid in self._enabled:
+            return True
+        while asker := next(iter(self._enabled), None) or self._hire_asker():
             status = self._ask_about_client((DomId(asker), Gfn(0)), (domid, Gfn(0)))
             if status is None or status == Status.OK:
                 return True
-            if self._known(asker):
+            if (info := self._known(asker)) and not info.dying:
                 return False
             self._enabled.discard(asker)
-        return self._first(domid, "sharing_enabled") == Status.OK
+        return None
+
+    def _hire_asker(self) -> int | None:
+        # A domain without memory that exists to be named first. It never runs.
+        if self._asker is not None or not self._sharing:
+            return None
+        self._asker = ThrowawayDomains(self._connection)
+        try:
+            domid = self._asker.create(0)
+        except errors.BackendError:
+            self.dismiss_asker()
+            return None
+        if self._libxc.xc_memshr_control(self._xch, domid, 1) < 0:
+            self._need_vmx("sharing_enabled", self._status("control"), domid)
+            return None
+        self._enabled.add(domid)
+        return domid
+
+    def dismiss_asker(self) -> None:
+        """Destroy the domain that ``sharing_enabled`` made, if it made one."""
+        asker, self._asker = self._asker, None
+        if asker is not None:
+            self._enabled.difference_update(asker.domids)
+            with asker:
+                pass  # leaving it destroys them
 
     def _may_give_up(self, source: Page, source_handle: int, client: Page, client_handle: int, sharers: int) -> bool:
         # Xen 4.17 dies of a share that gives up a frame which a third domain maps. So a client's frame with several
@@ -460,8 +519,11 @@ class XenHypervisor:
     def _has_forks(self, domid: int) -> bool:
         if domid not in self._forks.values():
             return False
-        self._forks = {child: parent for child, parent in self._forks.items() if self._known(child)}
+        self._forget_ended_forks()
         return domid in self._forks.values()
+
+    def _forget_ended_forks(self) -> None:
+        self._forks = {child: parent for child, parent in self._forks.items() if self._known(child)}
 
     def share_grefs(
         self,
@@ -476,9 +538,8 @@ class XenHypervisor:
 
         :raises BusyPageError: EBUSY, ours, as for share_gfns.
         """
-        status = self._first(source_domid, "share_grefs")
-        if status == Status.OK:
-            status = self._share_grefs(source_domid, source_ref, source_handle, client_domid, client_ref, client_handle)
+        self._need_first(source_domid, "share_grefs")
+        status = self._share_grefs(source_domid, source_ref, source_handle, client_domid, client_ref, client_handle)
         if status != Status.OK:
             raise self._share_error("share_grefs", status, (source_domid, source_ref), (client_domid, client_ref))
 
@@ -508,17 +569,20 @@ class XenHypervisor:
     def add_to_physmap(
         self, source_domid: DomId, source_gfn: Gfn, source_handle: Handle, client_domid: DomId, client_gfn: Gfn
     ) -> None:
-        """See the seam."""
-        status = self._first(source_domid, "add_to_physmap")
-        if status == Status.OK:
-            answer = self._libxc.xc_memshr_add_to_physmap(
-                *(self._xch, source_domid, _wire(source_gfn), source_handle, client_domid, _wire(client_gfn))
-            )
-            if answer >= 0:
-                self._groups.plug((source_domid, source_gfn), source_handle, (client_domid, client_gfn))
-                return
-            status = self._status("add_to_physmap")
-        raise self._share_error("add_to_physmap", status, (source_domid, source_gfn), (client_domid, client_gfn))
+        """See the seam. A gfn beyond the address width is refused here: Xen would count a page as freed, for good.
+
+        (So it does where the client's page tables find no memory, which nobody can know before.)
+        """
+        self._need_first(source_domid, "add_to_physmap")
+        source, client = (source_domid, source_gfn), (client_domid, client_gfn)
+        if not 0 <= client_gfn < 1 << MAX_GFN_BITS:
+            raise error_of("add_to_physmap", Status.ENOENT, domid=client_domid, gfn=client_gfn)
+        answer = self._libxc.xc_memshr_add_to_physmap(
+            *(self._xch, source_domid, _wire(source_gfn), source_handle, client_domid, client_gfn)
+        )
+        if answer < 0:
+            raise self._share_error("add_to_physmap", self._status("add_to_physmap"), source, client)
+        self._groups.plug(source, source_handle, client)
 
     def range_share(self, source_domid: DomId, client_domid: DomId, first: Gfn, last: Gfn) -> None:
         """See the seam.
@@ -528,15 +592,12 @@ class XenHypervisor:
         :raises BusyPageError: EBUSY, ours: a page of the client in the range is on a frame with others, and not on the
             one that the source's page is on. Xen 4.17 may crash; nothing was done.
         """
-        status = self._first(source_domid, "range_share")
-        if status == Status.OK:
-            if (gfn := self._gfn_not_to_give_up(source_domid, client_domid, first, last)) is not None:
-                raise self._third_domain("range_share", (client_domid, Gfn(gfn)))
-            answer = self._libxc.xc_memshr_range_share(self._xch, source_domid, client_domid, first, last)
-            if answer >= 0:
-                return
+        self._need_first(source_domid, "range_share")
+        if (gfn := self._gfn_not_to_give_up(source_domid, client_domid, first, last)) is not None:
+            raise self._third_domain("range_share", (client_domid, Gfn(gfn)))
+        if self._libxc.xc_memshr_range_share(self._xch, source_domid, client_domid, first, last) < 0:
             status = self._status("range_share")
-        raise self._share_error("range_share", status, (source_domid, first), (client_domid, last))
+            raise self._share_error("range_share", status, (source_domid, first), (client_domid, last))
 
     def _gfn_not_to_give_up(self, source_domid: int, client_domid: int, first: int, last: int) -> int | None:
         # Xen shares the range gfn by gfn and asks nobody in between; and what one step puts on a frame the next may
@@ -556,7 +617,7 @@ class XenHypervisor:
 
     def unshare_gfn(self, domid: DomId, gfn: Gfn) -> None:
         """See the seam: the page is mapped writably, and nothing is written."""
-        self._need_sharing("unshare_gfn")
+        self.need_sharing("unshare_gfn")
         status = self.unshare_gfns(PageArray.of_domain(domid, np.array([gfn], np.int64)))[0]
         if status != Status.OK:
             raise self._error("unshare_gfn", int(status), domid, gfn)
@@ -573,7 +634,7 @@ class XenHypervisor:
 
     def debug_gfns(self, pages: PageArray) -> NDArray[np.int64]:
         """See the seam. Cost: one hypercall a page."""
-        self._need_sharing("debug_gfns")
+        self.need_sharing("debug_gfns")
         named = {domid: self._first(domid, "debug_gfns") == Status.OK for domid in np.unique(pages.domids).tolist()}
         debug, xch = self._debug, self._xch
         answers = [
@@ -592,19 +653,27 @@ class XenHypervisor:
             status = self._status("debug_gref")
         raise self._error("debug_gref", status, domid, ref)
 
-    def audit(self) -> AuditReport:
+    def audit(self, patience_s: float = PATIENCE_S) -> AuditReport:
         """See the seam: Xen's own audit with what it said on its console, and a count of every shared page by us.
 
-        Cost: Xen walks every shared frame; we ask about the gfns of the domains that share, one after the other, until
-        all of their shared pages are found or the time is up (``audit.PATIENCE_S``). Xen leaves its audit out of
-        release builds; then ``xen_errors`` is 0.
+        :param patience_s: how long our count may take. What was not counted by then is in the report.
+
+        :raises UnsupportedError: this Xen shares no domain's pages.
+
+        Cost: Xen walks every shared frame; we ask about the gfns of the domains that share until all of their shared
+        pages are found or the time is up. Xen leaves its audit out of release builds; then ``xen_errors`` is None.
         """
-        self._need_sharing("audit")
-        return Auditor(self, self._connection).run()
+        self.need_sharing("audit")
+        try:
+            if not self._enabled and not self.counters().used_frames:
+                self._hire_asker()  # nothing is shared: can anything be?
+            return Auditor(self, self._connection, patience_s).run()
+        finally:
+            self.dismiss_asker()
 
     def counters(self) -> Counters:
         """See the seam."""
-        self._need_sharing("counters")
+        self.need_sharing("counters")
         freed = self._libxc.xc_sharing_freed_pages(self._xch)
         used = self._libxc.xc_sharing_used_frames(self._xch)
         if freed < 0 or used < 0:
@@ -616,7 +685,7 @@ class XenHypervisor:
 
     def nominate_gfns(self, pages: PageArray) -> tuple[Handles, Statuses]:
         """See the seam. Cost: one hypercall a page."""
-        self._need_sharing("nominate_gfns")
+        self.need_sharing("nominate_gfns")
         count = len(pages)
         handles = np.zeros(count, np.uint64)
         statuses = np.zeros(count, np.int32)
@@ -632,13 +701,30 @@ class XenHypervisor:
             else:
                 statuses[row] = self._status("nominate_gfn")
         self._tell("nominate_gfns", statuses)
+        self._see_frames(pages, handles)
         return handles, statuses
+
+    def _see_frames(self, pages: PageArray, handles: Handles) -> None:
+        # Pages that have one handle are on one frame. That is how frames of other processes become known: also those of
+        # which only one page was nominated now, if the handle is older than the newest that was seen before.
+        order = np.argsort(handles, kind="stable")
+        order = order[handles[order] > 0]
+        if not len(order):
+            return
+        ordered = handles[order]
+        bounds = np.concatenate([[0], np.flatnonzero(np.diff(ordered)) + 1, [len(ordered)]])
+        old = (ordered[bounds[:-1]] <= self._newest_handle) | (np.diff(bounds) > 1)
+        self._newest_handle = max(self._newest_handle, int(ordered[-1]))
+        for run in np.flatnonzero(old).tolist():
+            rows = order[bounds[run] : bounds[run + 1]]
+            places = zip(pages.domids[rows].tolist(), pages.gfns[rows].tolist(), strict=True)
+            self._groups.seen(Handle(int(ordered[bounds[run]])), places)
 
     def share_gfns_many(
         self, sources: PageArray, source_handles: Handles, clients: PageArray, client_handles: Handles
     ) -> Statuses:
         """See the seam; EBUSY where share_gfns would raise BusyPageError. Cost: two hypercalls a row."""
-        self._need_sharing("share_gfns_many")
+        self.need_sharing("share_gfns_many")
         rows = zip(
             *(sources.domids.tolist(), sources.gfns.tolist(), source_handles.tolist()),
             *(clients.domids.tolist(), clients.gfns.tolist(), client_handles.tolist()),
@@ -650,7 +736,7 @@ class XenHypervisor:
 
     def unshare_gfns(self, pages: PageArray) -> Statuses:
         """See the seam. Cost: one writable mapping for BATCH_PAGES pages of one domain."""
-        self._need_sharing("unshare_gfns")
+        self.need_sharing("unshare_gfns")
         statuses = self._by_domain(
             pages, "unshare_gfn", lambda domid, rows: self._mappings.touch(domid, pages.gfns[rows])
         )
@@ -664,36 +750,113 @@ class XenHypervisor:
     # -- events and forks --------------------------------------------------------------------------------------------
 
     def ring_enable(self, domid: DomId) -> int:
-        """See the seam."""
-        self._need_sharing("ring_enable")
-        port = ctypes.c_uint32()
-        if self._libxc.xc_memshr_ring_enable(self._xch, domid, ctypes.byref(port)) < 0:
-            raise self._error("ring_enable", self._status("ring_enable"), domid)
-        return port.value
+        """See the seam. The domain is paused meanwhile, so that no request comes before its page is initialised."""
+        self.need_sharing("ring_enable")
+        if not self._known(domid) or domid == 0:
+            raise self._error("ring_enable", Status.EINVAL if domid == 0 else Status.ESRCH, domid)
+        ring = SharingRing(self._connection, self._mappings, domid)
+        self.pause(domid)
+        try:
+            if ring.gfn and not self._mappings.fits(domid, ring.gfn):
+                raise error_of("ring_enable", Status.ENOMEM, domid=domid, gfn=ring.gfn)
+            port = ctypes.c_uint32()
+            if self._libxc.xc_memshr_ring_enable(self._xch, domid, ctypes.byref(port)) < 0:
+                raise self._error("ring_enable", self._status("ring_enable"), domid)
+            try:
+                ring.initialise()
+            except BaseException:
+                self._libxc.xc_memshr_ring_disable(self._xch, domid)
+                raise
+            self._responses[domid] = 0
+            return port.value
+        finally:
+            self.unpause(domid)
 
     def ring_disable(self, domid: DomId) -> None:
         """See the seam."""
-        self._need_sharing("ring_disable")
+        self.need_sharing("ring_disable")
         if self._libxc.xc_memshr_ring_disable(self._xch, domid) < 0:
             raise self._error("ring_disable", self._status("ring_disable"), domid)
+        self._responses.pop(domid, None)
+
+    def ring_requests(self, domid: DomId) -> list[RingRequest]:
+        """See the seam.
+
+        :raises RefusedDomainError: EINVAL: the domain has no ring that memshr has enabled.
+        :raises UnsupportedError: the ring's entries have a layout that memshr does not know.
+        """
+        return self._ring(domid, "ring_requests").requests()
+
+    def ring_respond(self, domid: DomId, count: int | None = None) -> None:
+        """See the seam.
+
+        :raises RefusedDomainError: EINVAL also: the domain has no ring that memshr has enabled.
+        """
+        responses = self._ring(domid, "ring_respond").respond(count)
+        if domid in self._responses:
+            self._responses[domid] = responses
+
+    def _ring(self, domid: int, call: str) -> SharingRing:
+        self.need_sharing(call)
+        if domid == 0 or not self._known(domid):
+            raise self._error(call, Status.EPERM if domid == 0 else Status.ESRCH, domid)
+        ring = SharingRing(self._connection, self._mappings, domid)
+        if not ring.gfn:
+            raise error_of(call, Status.ENODEV, domid=domid)
+        return ring
 
     def domain_resume(self, domid: DomId) -> None:
-        """See the seam."""
-        self._need_sharing("domain_resume")
-        if self._libxc.xc_memshr_domain_resume(self._xch, domid) < 0:
-            raise self._error("domain_resume", self._status("domain_resume"), domid)
+        """See the seam. The domain is paused meanwhile, so that it cannot change what Xen is going to believe.
+
+        :raises RefusedDomainError: EINVAL also: the domain has no ring that memshr has enabled. Xen is not asked: it
+            would take what lies in the page for responses, and print a line for each.
+        """
+        ring = self._ring(domid, "domain_resume")
+        self.pause(domid)
+        try:
+            ring.check("domain_resume", self._responses.get(domid))
+            if self._libxc.xc_memshr_domain_resume(self._xch, domid) < 0:
+                raise self._error("domain_resume", self._status("domain_resume"), domid)
+        finally:
+            self.unpause(domid)
 
     def fork(self, parent: DomId, child: DomId) -> None:
-        """See the seam. While the child lives, no frame of the parent is given up by a share: see share_gfns."""
-        status = self._first(child, "fork")
-        if status == Status.OK:
-            if self._libxc.xc_memshr_fork(self._xch, parent, child, False, False) >= 0:
-                self._forks[child] = parent
-                self._enabled.add(parent)
-                return
+        """See the seam. While the child lives, no frame of the parent is given up by a share: see share_gfns.
+
+        Xen lets a domain become its own ancestor, and hangs the host at the next access to a hole of it. It does not
+        tell who is whose fork. So a child must be empty, unless it is a fork that was made here; and a parent must not
+        be, unless it is: an ancestor of the parent always has pages.
+
+        :raises RefusedDomainError: EINVAL also: the child has memory, the parent has none, or they are one domain.
+        """
+        self._need_first(child, "fork")
+        if (reason := self._why_no_fork(parent, child)) is not None:
+            raise errors.RefusedDomainError(
+                reason, reasons=(reason,), call="fork", status=Status.EINVAL, domid=child, remedy="see docs/xen-host.md"
+            )
+        if self._libxc.xc_memshr_fork(self._xch, parent, child, False, False) < 0:
             status = self._status("fork")
-        about = parent if status == Status.ESRCH and self._known(child) else child
-        raise self._error("fork", status, about)
+            about = self._culprit(status, (parent, child))
+            if about is None:
+                about = parent if status in _REFUSE_ENABLING else child
+            raise self._error("fork", status, about)
+        self._forks.setdefault(child, parent)
+        self._enabled.add(parent)
+
+    def _why_no_fork(self, parent: int, child: int) -> str | None:
+        if parent == child:
+            return f"fork: domain {child} would be its own ancestor"
+        parent_info, child_info = self._known(parent), self._known(child)
+        if parent_info is None or child_info is None or parent == 0 or parent_info.dying:
+            return None  # Xen refuses it
+        if parent_info.kind is not DomainKind.HVM:
+            return None
+        self._forget_ended_forks()
+        if child not in self._forks and child_info.tot_pages + child_info.shr_pages:
+            return f"fork: domain {child} has memory of its own, and may be an ancestor of domain {parent}"
+        if parent not in self._forks and not parent_info.tot_pages + parent_info.shr_pages:
+            return f"fork: domain {parent} has no memory, so there is nothing to fork"
+        return None
 
     def fork_reset(self, child: DomId, *, state: bool = False, memory: bool = False) -> None:
         """See the seam.
@@ -734,12 +897,27 @@ class XenHypervisor:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def _need_sharing(self, call: str) -> None:
+    def need_sharing(self, call: str) -> None:
+        """See that memory sharing is built into this Xen. :raises UnsupportedError: it is not."""
         if not self._sharing:
             raise errors.UnsupportedError(
                 f"{call}: this Xen {self.facts.version} was built without memory sharing",
                 remedy="build the hypervisor with CONFIG_UNSUPPORTED=y and CONFIG_MEM_SHARING=y (docs/xen-host.md)",
             )
+
+    def _need_vmx(self, call: str, status: int, domid: int) -> None:
+        # Xen enables sharing on nothing but Intel's VMX. Of a PV domain it says the same.
+        if status == Status.EOPNOTSUPP and (info := self._known(domid)) and domid and info.kind is not DomainKind.PV:
+            raise errors.UnsupportedError(
+                f"{call}: this Xen {self.facts.version} shares memory only on Intel processors, by their VMX, and this"
+                " is none",
+                remedy="use such a machine, or a hypervisor without that condition (docs/xen-host.md)",
+            )
+
+    def _need_first(self, domid: int, call: str) -> None:
+        # Enable the domain that a one-page call names first; what is wrong then is wrong with that one.
+        if (status := self._first(domid, call)) != Status.OK:
+            raise self._error(call, status, domid)
 
     def _first(self, domid: int, call: str) -> int:
         # Naming a domain first enables sharing on it. When it cannot be enabled, Xen's memory-sharing hypercall was
@@ -747,11 +925,13 @@ class XenHypervisor:
         # the other call that enables goes first, once for each domain; its answer is the same.
         if domid in self._enabled:
             return Status.OK
-        self._need_sharing(call)
+        self.need_sharing(call)
         if not 0 < domid < _FIRST_RESERVED_DOMID:
             return Status.OK  # Xen has answers of its own for these, before it enables anything
         if self._libxc.xc_memshr_control(self._xch, domid, 1) < 0:
-            return self._status("control")
+            status = self._status("control")
+            self._need_vmx(call, status, domid)
+            return status
         self._enabled.add(domid)
         return Status.OK
 
@@ -776,35 +956,44 @@ class XenHypervisor:
     def _error(self, call: str, status: int, domid: int, gfn: int | None = None) -> errors.MemshrError:
         # What a status means, after looking at what the status alone does not tell.
         _log.debug("%s: status %d, domain %d, gfn %s", call, int(status), domid, gfn)
-        info = self._known(domid) if status in (Status.EINVAL, Status.EOPNOTSUPP) else None
-        if info is not None and info.dying and status == Status.EINVAL:
+        if domid == 0 and status in (Status.EPERM, Status.EINVAL, Status.EOPNOTSUPP):
+            known = error_of(call, Status.EPERM, domid=0)
+            return errors.RefusedDomainError(
+                str(known), reasons=(str(known),), call=call, status=Status(status), domid=0
+            )
+        info = self._known(domid) if status == Status.EINVAL else None
+        if info is not None and info.dying:
             return self._dying(call, domid)
-        if (
-            info is not None
-            and info.kind is not DomainKind.PV
-            and status == Status.EOPNOTSUPP
-            and call != "ring_enable"
-        ):
-            text = f"{call}: Xen does not share the memory of domain {domid} on this CPU: it asks for Intel VMX"
-            return errors.RefusedDomainError(text, reasons=(text,), call=call, status=Status.EOPNOTSUPP, domid=domid)
-        if status == Status.EPERM and domid != 0:
+        if status == Status.EPERM:
             return errors.PermissionDeniedError(f"{call}: the hypervisor does not permit it", remedy="run in dom0")
-        if status == Status.EINVAL and call in ("pause", "unpause", "control", "domain_resume"):
+        if status == Status.EINVAL and call in ("pause", "unpause", "control", "domain_resume", "ring_enable"):
             text = f"{call}: domain {domid} is in no state for it"
             return errors.RefusedDomainError(text, reasons=(text,), call=call, status=Status.EINVAL, domid=domid)
         return error_of(call, status, domid=domid, gfn=gfn)
 
+    def _culprit(self, status: int, domids: Sequence[int]) -> int | None:
+        # Which of the domains of a call the status is about, as far as they can be told apart.
+        for domid in domids:
+            info = self._known(domid)
+            about: dict[int, bool] = {
+                Status.EPERM: domid == 0,
+                Status.ESRCH: info is None,
+                Status.EINVAL: info is not None and info.dying,
+                Status.EOPNOTSUPP: info is not None and info.kind is DomainKind.PV,
+                Status.ENODEV: info is not None and info.kind is DomainKind.SHADOW,
+            }
+            if about.get(status):
+                return domid
+        return None
+
     def _share_error(self, call: str, status: int, source: _Place, client: _Place) -> errors.MemshrError:
         if status == Status.EBUSY:
             return self._third_domain(call, client)
-        if status in (Status.EPERM, Status.ESRCH):  # which of the two is it about?
-            culprit = source if source[0] == 0 or not self._known(source[0]) else client
-            return self._error(call, status, *culprit)
+        about = self._culprit(status, (source[0], client[0]))
+        if about is not None:
+            return self._error(call, status, *(source if about == source[0] else client))
         if status == Status.EINVAL:
-            for domid in (source[0], client[0]):
-                if (info := self._known(domid)) and info.dying:
-                    return self._dying(call, domid)
-            if client[0] not in self._enabled and call != "range_share":
+            if not self.sharing_enabled(client[0]):
                 return errors.SharingDisabledError(
                     f"{call}: memory sharing is not enabled on domain {client[0]}",
                     call=call,
@@ -812,7 +1001,21 @@ class XenHypervisor:
                     domid=client[0],
                     remedy=f"enable it with control({client[0]}, True)",
                 )
+            if call == "range_share" and (reason := self._why_no_range((source[0], client[0]), client[1])):
+                return errors.RefusedDomainError(
+                    f"{call}: {reason}", reasons=(reason,), call=call, status=Status.EINVAL, domid=client[0]
+                )
         return self._error(call, status, *(source if status == Status.S_HANDLE_INVALID else client))
+
+    def _why_no_range(self, domids: Sequence[DomId], last: int) -> str:
+        # What of the conditions of range_share does not hold; "" if all do by now.
+        for domid in domids:
+            if (info := self._known(domid)) and not info.pause_count:
+                return f"domain {domid} is not paused, and both must be"
+        for domid in domids:
+            if last > (highest := self.maximum_gfn(domid)):
+                return f"gfn {last} is beyond the highest of domain {domid}, {highest}"
+        return ""
 
     @staticmethod
     def _dying(call: str, domid: int) -> errors.DomainDyingError:

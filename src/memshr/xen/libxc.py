@@ -43,20 +43,19 @@ class Abi:
     """sizeof(xc_domaininfo_t) on x86-64: ``gpaddr_bits`` and its padding came with 4.16."""
     fork_reset_has_flags: bool
     """xc_memshr_fork_reset takes what to reset, since 4.17; before, it always resets both."""
-    createdomain_fields: tuple[str, ...] = ()
-    """Of struct xen_domctl_createdomain, what lies between max_maptrack_frames and the end; () if it was not
-    checked against a header. Only throw-away domains need it."""
+    createdomain_fields: tuple[str, ...]
+    """Of struct xen_domctl_createdomain, what lies between max_maptrack_frames and the end. Only throw-away domains
+    need it."""
 
 
 _EMULATION = ("emulation_flags", "misc_flags")
 
 RELEASES: dict[Release, Abi] = {
-    # Fields marked () are known from xen-devel only; all that sharing itself needs is the same there as around it.
     Release(4, 14): Abi(104, False, ("emulation_flags",)),
-    Release(4, 15): Abi(104, False),
+    Release(4, 15): Abi(104, False, ("vmtrace_size", *_EMULATION)),
     Release(4, 16): Abi(112, False, ("grant_opts", "vmtrace_size", *_EMULATION)),
     Release(4, 17): Abi(112, True, ("grant_opts", "vmtrace_size", "cpupool_id", *_EMULATION)),
-    Release(4, 18): Abi(112, True),
+    Release(4, 18): Abi(112, True, ("grant_opts", "vmtrace_size", "cpupool_id", *_EMULATION)),
     Release(4, 19): Abi(112, True, ("grant_opts", "altp2m_opts", "vmtrace_size", "cpupool_id", *_EMULATION)),
     Release(4, 20): Abi(112, True, ("grant_opts", "altp2m_opts", "vmtrace_size", "cpupool_id", *_EMULATION)),
 }
@@ -98,13 +97,8 @@ def domaininfo_dtype(release: Release) -> np.dtype[np.void]:
 
 
 def createdomain_dtype(release: Release) -> np.dtype[np.void]:
-    """struct xen_domctl_createdomain (xen/domctl.h) of a release.
-
-    :raises UnsupportedError: the layout of that release was not checked against its header.
-    """
+    """struct xen_domctl_createdomain (xen/domctl.h) of a release."""
     fields = RELEASES[release].createdomain_fields
-    if not fields:
-        raise UnsupportedError(f"memshr does not know how to create a domain on Xen {release}")
     head = ("flags", "iommu_opts", "max_vcpus", "max_evtchn_port", "max_grant_frames", "max_maptrack_frames")
     return np.dtype([("ssidref", "<u4"), ("handle", "V16"), *((name, "<u4") for name in head + fields)])
 
@@ -114,8 +108,16 @@ class DominfFlag(enum.IntFlag):
 
     DYING = 1 << 0
     HVM_GUEST = 1 << 1
+    SHUTDOWN = 1 << 2
     PAUSED = 1 << 3
     HAP = 1 << 8
+
+
+DOMINF_SHUTDOWN_SHIFT = 16
+DOMINF_SHUTDOWN_MASK = 255
+"""XEN_DOMINF_shutdownshift and XEN_DOMINF_shutdownmask of xen/domctl.h: where the flags tell why it was shut down."""
+SHUTDOWN_CRASH = 3
+"""SHUTDOWN_crash of xen/sched.h."""
 
 
 class CreateFlag(enum.IntFlag):
@@ -131,6 +133,27 @@ GRANT_VERSION_1 = 1
 """XEN_DOMCTL_GRANT_version(1) of xen/domctl.h."""
 SHADOW_OP_SET_ALLOCATION = 31
 """XEN_DOMCTL_SHADOW_OP_SET_ALLOCATION of xen/domctl.h."""
+HVM_PARAM_SHARING_RING_PFN = 29
+"""xen/hvm/params.h: the parameter that holds the gfn of the sharing ring's page; 0: there is none."""
+RING_ENTRIES_OFFSET = 64
+"""Where the entries begin in a shared ring page (xen/io/ring.h)."""
+RING_PAD_OFFSET = 20
+RING_PAD_BYTES = 44
+"""What nobody uses in front of them."""
+VM_EVENT_VERSION = 7
+VM_EVENT_BYTES = 400
+VM_EVENT_GFN_OFFSET = 24
+VM_EVENT_VCPU_PAUSED = 1
+VM_EVENT_REASON_MEM_SHARING = 2
+"""VM_EVENT_INTERFACE_VERSION of xen/vm_event.h, and of that version: the size of an entry, where the gfn of a sharing
+event lies in it, VM_EVENT_FLAG_VCPU_PAUSED and VM_EVENT_REASON_MEM_SHARING. Every entry begins with four uint32_t:
+version, flags, reason, vcpu_id."""
+HYPERVISOR_MEMORY_OP = 12
+HYPERVISOR_MULTICALL = 13
+XENMEM_SHARING_OP = 22
+SHARING_OP_DEBUG_GFN = 3
+"""__HYPERVISOR_memory_op and __HYPERVISOR_multicall of xen/xen.h; XENMEM_sharing_op and XENMEM_sharing_op_debug_gfn of
+xen/memory.h."""
 XENVER_VERSION = 0
 XENVER_EXTRAVERSION = 1
 EXTRAVERSION_BYTES = 16
@@ -156,15 +179,16 @@ class Prototype:
     argtypes: tuple[Any, ...]
     header: str = "xenctrl.h"
     optional: bool = False
-    """It is not in every release; where it is missing the attribute is None."""
+    """It is not everywhere; where it is missing the attribute is None."""
 
 
 _XCH = c_void_p  # xc_interface *
 _FMEM = c_void_p  # xenforeignmemory_handle *
+_XCALL = c_void_p  # xencall_handle *
 _DOMID = c_uint32
 _GREF = c_uint32  # grant_ref_t, xen/grant_table.h
 _ADDRESS = c_void_p  # of an array or structure that the caller keeps alive, as a number
-XENCTRL, FOREIGNMEMORY, TOOLLOG = "xenctrl", "xenforeignmemory", "xentoollog"
+XENCTRL, FOREIGNMEMORY, TOOLLOG, XENCALL = "xenctrl", "xenforeignmemory", "xentoollog", "xencall"
 
 
 def _xc(name: str, *argtypes: Any, restype: Any = c_int, optional: bool = False) -> Prototype:
@@ -178,6 +202,8 @@ PROTOTYPES: tuple[Prototype, ...] = (
     _xc("xc_domain_getinfolist", _DOMID, c_uint, _ADDRESS),
     _xc("xc_domain_maximum_gpfn", _DOMID, POINTER(c_ulong)),
     _xc("xc_domain_get_pod_target", _DOMID, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint64)),
+    _xc("xc_hvm_param_get", _DOMID, c_uint32, POINTER(c_uint64)),
+    _xc("xc_availheap", c_int, c_int, c_int, POINTER(c_uint64)),
     _xc("xc_domain_pause", _DOMID),
     _xc("xc_domain_unpause", _DOMID),
     _xc("xc_readconsolering", _ADDRESS, POINTER(c_uint), c_int, c_int, POINTER(c_uint32)),
@@ -206,6 +232,7 @@ PROTOTYPES: tuple[Prototype, ...] = (
     _xc("xc_domain_max_vcpus", _DOMID, c_uint),
     _xc("xc_domain_setmaxmem", _DOMID, c_uint64),
     _xc("xc_domain_populate_physmap_exact", _DOMID, c_ulong, c_uint, c_uint, _ADDRESS),
+    _xc("xc_hvm_param_set", _DOMID, c_uint32, c_uint64),
     _xc("xc_set_paging_mempool_size", _DOMID, c_uint64, optional=True),  # 4.17 and later
     _xc("xc_shadow_control", _DOMID, c_uint, POINTER(c_uint), c_uint),  # 4.16 and later; before, with other parameters
     Prototype("xenforeignmemory_open", FOREIGNMEMORY, _FMEM, (c_void_p, c_uint), "xenforeignmemory.h"),
@@ -218,6 +245,12 @@ PROTOTYPES: tuple[Prototype, ...] = (
         "xenforeignmemory.h",
     ),
     Prototype("xenforeignmemory_unmap", FOREIGNMEMORY, c_int, (_FMEM, c_void_p, c_size_t), "xenforeignmemory.h"),
+    # Many hypercalls in one, where that library is there. Its soname has not changed since it came with 4.7.
+    Prototype("xencall_open", XENCALL, _XCALL, (c_void_p, c_uint), "xencall.h", optional=True),
+    Prototype("xencall_close", XENCALL, c_int, (_XCALL,), "xencall.h", optional=True),
+    Prototype("xencall2", XENCALL, c_int, (_XCALL, c_uint, c_uint64, c_uint64), "xencall.h", optional=True),
+    Prototype("xencall_alloc_buffer_pages", XENCALL, c_void_p, (_XCALL, c_size_t), "xencall.h", optional=True),
+    Prototype("xencall_free_buffer_pages", XENCALL, None, (_XCALL, c_void_p, c_size_t), "xencall.h", optional=True),
     Prototype("xtl_createlogger_stdiostream", TOOLLOG, c_void_p, (c_void_p, c_int, c_uint), "xentoollog.h"),
     Prototype("xtl_logger_destroy", TOOLLOG, None, (c_void_p,), "xentoollog.h"),
 )
@@ -238,6 +271,8 @@ class Libxc:
     xc_domain_getinfolist: Function
     xc_domain_maximum_gpfn: Function
     xc_domain_get_pod_target: Function
+    xc_hvm_param_get: Function
+    xc_availheap: Function
     xc_domain_pause: Function
     xc_domain_unpause: Function
     xc_readconsolering: Function
@@ -263,12 +298,18 @@ class Libxc:
     xc_domain_max_vcpus: Function
     xc_domain_setmaxmem: Function
     xc_domain_populate_physmap_exact: Function
+    xc_hvm_param_set: Function
     xc_set_paging_mempool_size: Function | None
     xc_shadow_control: Function
     xenforeignmemory_open: Function
     xenforeignmemory_close: Function
     xenforeignmemory_map: Function
     xenforeignmemory_unmap: Function
+    xencall_open: Function | None
+    xencall_close: Function | None
+    xencall2: Function | None
+    xencall_alloc_buffer_pages: Function | None
+    xencall_free_buffer_pages: Function | None
     xtl_createlogger_stdiostream: Function
     xtl_logger_destroy: Function
 
@@ -291,6 +332,7 @@ def sonames(release: Release) -> dict[str, str]:
         XENCTRL: f"libxenctrl.so.{release}",
         FOREIGNMEMORY: "libxenforeignmemory.so.1",
         TOOLLOG: "libxentoollog.so.1",
+        XENCALL: "libxencall.so.1",
     }
 
 
@@ -307,6 +349,8 @@ def load(release: Release) -> Libxc | None:
         except OSError as error:
             if key == XENCTRL and str(error).startswith(f"{name}: cannot open"):
                 return None
+            if key == XENCALL:
+                continue  # it only saves time
             raise UnsupportedError(f"{name} cannot be loaded: {error}", remedy=f"reinstall Xen {release}") from error
     functions: dict[str, Function] = {}
     for prototype in PROTOTYPES:
@@ -314,7 +358,7 @@ def load(release: Release) -> Libxc | None:
             # SAFETY: a wrong prototype would let C read or write beyond what we pass. tests/unit/test_xen_libxc.py
             # compares each of these, and the layouts of the structures, with the header that belongs to the library.
             function = libraries[prototype.library][prototype.name]
-        except AttributeError:
+        except (AttributeError, KeyError):
             continue
         function.restype = prototype.restype
         function.argtypes = argtypes_of(prototype, release)

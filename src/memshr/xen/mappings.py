@@ -2,6 +2,10 @@
 
 A mapping is an extra reference to every frame in it, and Xen nominates no frame that has one. So no mapping outlives
 the call that made it, and what is read is copied: one copy a page, one mapping for BATCH_PAGES pages.
+
+A writable mapping of a shared page gives it a frame of its own. Where there is none to be had, a release build of Xen
+answers ENOMEM and a debug build dies of an assertion. So we look first whether the domain is at its max_pages, or the
+host without free memory, and answer ENOMEM ourselves.
 """
 
 from __future__ import annotations
@@ -9,27 +13,29 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memshr.types import MAX_GFN_BITS, PAGE_SIZE, Gfns, PageBytes, Statuses
+from memshr.xen import libxc
 from memshr.xen.connection import Connection
 from memshr.xen.libxc import PROT_READ, PROT_WRITE
 
 BATCH_PAGES = 4096
 """Pages in one mapping: 16 MiB, so that a domain of 4 GiB is read through 256 of them."""
 
-NEAR_PAGES = 1 << 21
-"""Gfns that are looked at in any domain, whatever it has: 8 GiB of address space, the hole for devices included."""
-
 
 class Mappings:
-    """What dom0 can do to a domain's pages by mapping them."""
+    """What dom0 can do to a domain's pages by mapping them.
 
-    def __init__(self, connection: Connection) -> None:
+    :param may_ask: whether Xen may be asked about a page of this domain, which enables sharing on it.
+    """
+
+    def __init__(self, connection: Connection, may_ask: Callable[[int], bool] = lambda _domid: True) -> None:
         self._connection = connection
+        self._may_ask = may_ask
         self._errs = np.zeros(BATCH_PAGES, np.int32)
 
     @contextlib.contextmanager
@@ -38,10 +44,10 @@ class Mappings:
         count = len(gfns)
         errs = self._errs[:count]
         errs[:] = 0
-        libxc = self._connection.libxc
+        functions = self._connection.libxc
         # SAFETY: gfns and errs have count elements of the types that xenforeignmemory_map takes (xen_pfn_t is 64 bits
         # on x86-64), are contiguous, and live until it returns.
-        address = libxc.xenforeignmemory_map(
+        address = functions.xenforeignmemory_map(
             self._connection.fmem, domid, prot, count, gfns.ctypes.data, errs.ctypes.data
         )
         if not address:
@@ -51,16 +57,16 @@ class Mappings:
             # The header speaks of errno values, Linux's privcmd hands out negative ones.
             yield address, -np.abs(errs)
         finally:
-            libxc.xenforeignmemory_unmap(self._connection.fmem, address, count)
+            functions.xenforeignmemory_unmap(self._connection.fmem, address, count)
 
     def _batches(self, gfns: Gfns) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
         for start in range(0, len(gfns), BATCH_PAGES):
             rows = slice(start, min(start + BATCH_PAGES, len(gfns)))
             yield rows, np.ascontiguousarray(gfns[rows], np.uint64)
 
-    def present(self, domid: int, first: int, count: int) -> NDArray[np.bool_]:
-        """Which of ``count`` gfns (at most BATCH_PAGES) from ``first`` on have RAM behind them. Reads nothing."""
-        with self._mapped(domid, np.arange(first, first + count, dtype=np.uint64), PROT_READ) as (_, statuses):
+    def present(self, domid: int, gfns: Gfns) -> NDArray[np.bool_]:
+        """Which of these gfns (at most BATCH_PAGES) have RAM behind them. Reads nothing."""
+        with self._mapped(domid, gfns.astype(np.uint64), PROT_READ) as (_, statuses):
             return np.asarray(statuses == 0)
 
     def read(self, domid: int, gfns: Gfns, out: PageBytes, rows: NDArray[np.intp] | None = None) -> Statuses:
@@ -79,9 +85,44 @@ class Mappings:
         statuses = _in_reach(gfns)
         good = np.flatnonzero(statuses == 0)
         for batch, wire in self._batches(gfns[good]):
-            with self._mapped(domid, wire, PROT_READ | PROT_WRITE) as (_, found):
-                statuses[good[batch]] = found
+            if self._room_pages(domid) >= len(wire):
+                with self._mapped(domid, wire, PROT_READ | PROT_WRITE) as (_, found):
+                    statuses[good[batch]] = found
+            else:
+                statuses[good[batch]] = [self._touch_one(domid, gfn) for gfn in wire]
         return statuses
+
+    def _touch_one(self, domid: int, gfn: np.uint64) -> int:
+        if not self.fits(domid, int(gfn)):
+            return -errno.ENOMEM
+        with self._mapped(domid, np.array([gfn], np.uint64), PROT_READ | PROT_WRITE) as (_, found):
+            return int(found[0])
+
+    def _room_pages(self, domid: int) -> int:
+        # How many frames the domain may get: by its max_pages, and by what the host has. A domain that is not there has
+        # nothing to unshare, and Xen's own answer is the right one.
+        functions, xch = self._connection.libxc, self._connection.xch
+        row = np.zeros(1, libxc.domaininfo_dtype(functions.release))
+        # SAFETY: one structure of the size that check_domaininfo measured.
+        found = functions.xc_domain_getinfolist(xch, domid, 1, row.ctypes.data)
+        available_bytes = ctypes.c_uint64()
+        if found != 1 or row[0]["domain"] != domid:
+            return BATCH_PAGES
+        room_pages = int(row[0]["max_pages"]) - int(row[0]["tot_pages"])
+        if functions.xc_availheap(xch, 0, 0, -1, ctypes.byref(available_bytes)) < 0:
+            return room_pages  # a security module may keep it from us
+        return min(room_pages, available_bytes.value // PAGE_SIZE)
+
+    def fits(self, domid: int, gfn: int) -> bool:
+        """Whether a writable mapping of this page will find the memory that it takes.
+
+        The last page on a frame takes the frame itself, and one that is not shared takes nothing.
+        """
+        if self._room_pages(domid) > 0:
+            return True
+        if not self._may_ask(domid):
+            return False
+        return bool(self._connection.libxc.xc_memshr_debug_gfn(self._connection.xch, domid, gfn) <= 1)
 
     @contextlib.contextmanager
     def held(self, domid: int, gfn: int) -> Iterator[None]:
@@ -90,12 +131,14 @@ class Mappings:
             yield
 
     def write(self, domid: int, gfn: int, data: bytes, offset: int = 0) -> int:
-        """Put bytes into a guest's page, for tests: a status. Nothing in the sharing of pages calls this.
+        """Put bytes into a guest's page: a status. For tests and for the sharing ring, not for the sharing of pages.
 
         :raises ValueError: the bytes do not fit into the page.
         """
         if offset < 0 or offset + len(data) > PAGE_SIZE:
             raise ValueError(f"{len(data)} bytes at offset {offset} do not fit into a page of {PAGE_SIZE} bytes")
+        if not self.fits(domid, gfn):
+            return -errno.ENOMEM
         with self._mapped(domid, np.array([gfn], np.uint64), PROT_READ | PROT_WRITE) as (address, statuses):
             if not statuses[0]:
                 # SAFETY: the page is mapped writably at address, and the bytes end within it.

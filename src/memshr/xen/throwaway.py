@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -20,9 +20,11 @@ from memshr.hypervisor import Hypervisor, error_of
 from memshr.types import PAGE_SIZE, DomId, Gfn
 from memshr.xen import libxc
 from memshr.xen.connection import Connection
-from memshr.xen.hypervisor import XenHypervisor
 from memshr.xen.libxc import CreateFlag, Release
 from memshr.xen.mappings import Mappings
+
+if TYPE_CHECKING:
+    from memshr.xen.hypervisor import XenHypervisor
 
 _PAGE_TABLE_MIB = 4
 _SLACK_PAGES = 64
@@ -49,17 +51,17 @@ class ThrowawayDomains:
             self._connection.libxc.xc_domain_destroy(self._connection.xch, domid)
         self.domids.clear()
 
-    def create(self, pages: int, *, slack_pages: int = _SLACK_PAGES) -> DomId:
-        """A new domain, paused, with ``pages`` pages of RAM from gfn 0 on.
+    def create(self, pages: int, *, first_gfn: int = 0, slack_pages: int = _SLACK_PAGES, hap: bool = True) -> DomId:
+        """A new domain, paused, with ``pages`` pages of RAM from ``first_gfn`` on.
 
         :param slack_pages: how far max_pages lies above that.
-        :raises UnsupportedError: how to create a domain on this release is not known.
+        :param hap: with hardware-assisted paging; without it has shadow paging, and cannot share.
         :raises BackendError: the hypervisor refuses; the text says at which step.
         """
         functions, xch = self._connection.libxc, self._connection.xch
         config = np.zeros(1, libxc.createdomain_dtype(functions.release))
         config["handle"] = np.void(os.urandom(16))
-        config["flags"] = CreateFlag.HVM | CreateFlag.HAP
+        config["flags"] = CreateFlag.HVM | (CreateFlag.HAP if hap else CreateFlag(0))
         config["max_vcpus"] = 1
         config["max_evtchn_port"] = 1023
         config["max_grant_frames"] = config["max_maptrack_frames"] = np.uint32(-1 & 0xFFFFFFFF)  # Xen's default
@@ -75,12 +77,9 @@ class ThrowawayDomains:
         self.domids.append(domid)
         self._step("given a vCPU", functions.xc_domain_max_vcpus(xch, domid, 1))
         self._give_page_tables(domid)
-        self._step(
-            "given its limit",
-            functions.xc_domain_setmaxmem(xch, domid, (pages + slack_pages) * PAGE_SIZE // 1024),
-        )
+        self.limit(domid, pages + slack_pages)
         if pages:
-            gfns = np.arange(pages, dtype=np.uint64)
+            gfns = np.arange(first_gfn, first_gfn + pages, dtype=np.uint64)
             # SAFETY: gfns has as many xen_pfn_t as the call is told.
             self._step(
                 f"given {pages} pages",
@@ -88,6 +87,17 @@ class ThrowawayDomains:
                 "is there free memory?",
             )
         return domid
+
+    def limit(self, domid: DomId, max_pages: int) -> None:
+        """Set how many frames a domain may own."""
+        answer = self._connection.libxc.xc_domain_setmaxmem(self._connection.xch, domid, max_pages * PAGE_SIZE // 1024)
+        self._step("given its limit", answer)
+
+    def set_ring_page(self, domid: DomId, gfn: Gfn) -> None:
+        """Say which page of a domain is to be its sharing ring."""
+        parameter = libxc.HVM_PARAM_SHARING_RING_PFN
+        answer = self._connection.libxc.xc_hvm_param_set(self._connection.xch, domid, parameter, gfn)
+        self._step("given a page for its sharing ring", answer)
 
     def destroy(self, domid: DomId) -> None:
         """Destroy one before the others."""
