@@ -22,6 +22,7 @@ import itertools
 import logging
 import os
 import select
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ MAPPING_OVER_IS_SAFE = tuple(int(part) for part in os.uname().release.split("-")
 """Whether an mmap(MAP_FIXED) that fails leaves what was there. Before Linux 6.9 it may leave a hole: there mappings are
 made beside and moved into place by mremap, which looks for what may fail before it takes anything away."""
 
+_NO_PROCESS: Final = frozenset({errno.ESRCH, errno.ENOENT})
 MAPPED, DIFFERS = 1, 2
 _MOST_DIFFERENCES: Final = 64
 """How often the agent may stop in one flight because a page is not what it was. Even once takes somebody else who
@@ -181,6 +183,7 @@ class Attachment:
         """why it is lost, or could not be attached"""
         self.on_lost: Callable[[Attachment], None] = lambda _: None
         """called when a session is given up: whoever has books about it forgets them"""
+        self._giving_up = threading.Lock()
         self._kept: list[Kept] = []
         self._policies: list[tuple[int, bytes]] = []
         self._pool_numbers: dict[tuple[int, int], int] = {}
@@ -189,7 +192,7 @@ class Attachment:
         try:
             self.target = target or Target(process)
         except OSError as error:
-            raise self.failed(error) from error
+            raise (self.ended() if error.errno in _NO_PROCESS else self._unreadable(error)) from error
         try:
             if self.target.has_ended():
                 self._end()
@@ -244,11 +247,13 @@ class Attachment:
 
     def _give_up(self, state: GuestState) -> None:
         with uninterrupted():
-            session, self.session = self.session, None
+            with self._giving_up:  # the write watch may find out at the same time
+                session, self.session = self.session, None
+                if self.state is not GuestState.GONE:
+                    self._become(state)
             self._pool_numbers = {}
             if session is not None:
                 session.abandon()
-            self._become(state)
             self.target.forget_mappings()
             self.on_lost(self)
             if session is not None:
@@ -261,14 +266,17 @@ class Attachment:
             text, reasons=[text], status=Status.ESRCH, domid=self.domid, remedy="it goes on; run the command again"
         )
 
-    def failed(self, error: OSError) -> MemshrError | OSError:
+    def failed(self, error: OSError) -> MemshrError:
         """What a failed look or call means. A guest that is being worked on is lost: its writers must not wait."""
-        if hasattr(self, "target") and self.target.has_ended():
+        if self.target.has_ended():
             self._give_up(GuestState.GONE)
             return self.ended()
         if self.state is GuestState.ATTACHED:
             self.lose(error)
             return self.lost_error()
+        return self._unreadable(error)
+
+    def _unreadable(self, error: OSError) -> MemshrError:
         name = f"guest {self.process.name} ({self.process.pid})"
         if error.errno in {errno.EACCES, errno.EPERM}:
             return RefusedDomainError(
@@ -279,8 +287,6 @@ class Attachment:
             )
         if error.errno == errno.ENOMEM:
             return HostMemoryError(f"no memory: {error.strerror}", domid=self.domid, remedy="relieve the host")
-        if error.errno in {errno.ESRCH, errno.ENOENT} and not hasattr(self, "target"):
-            return self.ended()
         text = f"{name} changed while memshr looked at it: {error.strerror or error}"
         return RefusedDomainError(text, reasons=[text], domid=self.domid, status=Status.ESRCH, remedy="try again")
 
