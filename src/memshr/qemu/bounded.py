@@ -15,7 +15,7 @@ from typing import Final
 
 from memshr.errors import BackendError
 
-DEADLINE_S: Final = 30.0
+DEADLINE_S: Final = 20.0
 """For one call, of a thousand pages at most: time enough for a host that has to swap them in first."""
 
 

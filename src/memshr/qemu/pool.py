@@ -16,6 +16,7 @@ What the design rests on:
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Final, Self
 from urllib.parse import quote
@@ -65,16 +66,15 @@ def groups_in(pid: int, mappings: Mappings) -> list[str]:
 
     :raises OSError: the process is gone, or we may not look.
     """
-    found = set()
+    found: set[str | None] = set()
     (left,) = np.nonzero(of_pools(mappings))
     while len(left):
         sample = mappings[int(left[0])]
-        group = group_at(pid, sample)
-        if group is not None:
-            found.add(group)
+        with contextlib.suppress(FileNotFoundError):  # unmapped since
+            found.add(group_at(pid, sample))
         same = mappings.of_file((os.makedev(sample.dev_major, sample.dev_minor), sample.inode))
         left = left[~same[left]]
-    return sorted(found)
+    return sorted(group for group in found if group is not None)
 
 
 def _group_of(file: int) -> str | None:

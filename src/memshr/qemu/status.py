@@ -75,7 +75,9 @@ def status_of(process: GuestProcess) -> GuestStatus:
         unreachable = process.qmp_path is None and not process.libvirt
         reason = guests.NO_SOCKET if unreachable else Refusal(error.args[0], error.remedy or "look again")
         refusals = guests.refusals(process, reason, [])
+    groups: list[str] = []
     try:
+        groups = groups_in(process.pid, mappings)
         pools = mappings.of(of_pools(mappings))
         sharing, frames = _sharing(process.pid, pools)
     except OSError as error:
@@ -90,7 +92,7 @@ def status_of(process: GuestProcess) -> GuestStatus:
         ram_bytes=ram_bytes,
         refusals=refusals,
         attached=MAPPED_CONTROL in mappings.paths,
-        groups=tuple(groups_in(process.pid, mappings)),
+        groups=tuple(groups),
         sharing_pages=sharing,
         copied_pages=sum(mapping.pages for mapping in pools) - sharing,
         frames=frames,
@@ -112,7 +114,10 @@ def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[int]]:
     """
     found: dict[str, list[int]] = {}
     for number, process in enumerate(processes, start=1):
-        groups = groups_in(process.pid, process.mappings())
+        try:
+            groups = groups_in(process.pid, process.mappings())
+        except OSError:  # it has ended, or we may not look: whoever opens it says so
+            continue
         if groups:
             found.setdefault(groups[0], []).append(number)
     return found
