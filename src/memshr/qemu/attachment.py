@@ -164,12 +164,14 @@ class PoolMappings:
 class Attachment:
     """One QEMU, open for reading; ``attach`` makes it one whose pages can be protected and remapped.
 
-    :param target: the process; closed by ``close``.
+    :param open_target: opens the process for looking; what it gives is closed by ``close``.
     :raises NoSuchDomainError: it has ended.
     :raises BackendError: QEMU does not tell where its RAM is.
     """
 
-    def __init__(self, domid: DomId, process: GuestProcess, target: Target | None = None) -> None:
+    def __init__(
+        self, domid: DomId, process: GuestProcess, open_target: Callable[[GuestProcess], Target] = Target
+    ) -> None:
         self.domid = domid
         self.process = process
         self.state = GuestState.LOOKING
@@ -185,7 +187,7 @@ class Attachment:
         self._mappings_left = 0
         self._stopped_at_a_difference = False
         try:
-            self.target = target or Target(process)
+            self.target = open_target(process)
         except OSError as error:
             raise self.failed(error) from error
         try:
