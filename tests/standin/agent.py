@@ -121,7 +121,9 @@ class AgentThread:
                 got = self._entry(number, arguments)
             except _Blocks:
                 return False
-            if self.ended:
+            if got is None:  # the thread has ended
+                del words
+                self._end()
                 return True
             words[done, 7] = got & (2**64 - 1)
             if got & (2**64 - 1) != wanted:
@@ -134,17 +136,17 @@ class AgentThread:
             self._wire.send(b"\1")
         return True
 
-    def _entry(self, number: int, arguments: list[int]) -> int:
+    def _entry(self, number: int, arguments: list[int]) -> int | None:
         if number & IF_EQUAL and not self._is_equal(arguments):
             return NOT_EQUAL
         number &= 0xFFFF
         if number == syscalls.NR_EXIT:
-            self._end()
-            return 0
+            return None
         self.rows += 1
         try:
             return self._calls(f"in QEMU: {_NAMES[number]}", lambda: self._call(number, arguments))
         except OSError as error:
+            error.__traceback__ = None  # its frames would keep the control area mapped
             return -(error.errno or errno.EIO)
 
     def _is_equal(self, arguments: list[int]) -> bool:

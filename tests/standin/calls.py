@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Failure:
-    """Which call fails, of what, and whether it has its effect: "before" it has, "half" of it, or "after"."""
+    """Which call fails, of what, and whether it has its effect: "before" it has, "half" of it, or "after".
+
+    A KeyboardInterrupt comes as a signal, so that it is put off where memshr puts it off.
+    """
 
     call: Call
     error: BaseException
@@ -55,7 +59,7 @@ class Calls:
         with self._lock:
             self.failure = None
             self.before = lambda _: None
-            return self.made
+            return list(self.made)
 
     def of(self, owner: str) -> GuestCalls:
         """The calls that are about one guest."""
@@ -74,11 +78,29 @@ class Calls:
         self.before(this)
         if failure is None:
             return call()
+        if isinstance(failure.error, KeyboardInterrupt):
+            return _interrupted(failure.when, call, half)
         if failure.when == "after":
             call()
         elif failure.when == "half" and half is not None:
             half()
         raise failure.error
+
+
+def _interrupted(when: str, call: Callable[[], Result], half: Callable[[], object] | None) -> Result:
+    # Where the interrupt is put off, the call is done as if nothing had been.
+    if when == "half" and half is not None:
+        half()
+    if when != "after":
+        signal.raise_signal(signal.SIGINT)
+        return call()
+    result = [call()]
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        result.clear()  # what it was is lost, and no frame of the error keeps it
+        raise
+    return result[0]
 
 
 class GuestCalls:

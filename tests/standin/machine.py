@@ -94,6 +94,15 @@ class StandInGuest:
             self.control_file = -1
 
 
+class StandInControl(ControlArea):
+    """A real control area, whose thread is a stand-in."""
+
+    guest: StandInGuest
+
+    def thread_lives(self, pid: int) -> bool:
+        return self.guest.agent is not None and not self.guest.agent.ended
+
+
 class StandInTarget(Target):
     """A stand-in guest, as memshr sees it."""
 
@@ -182,13 +191,16 @@ class StandInTarget(Target):
 
     def _connect(self) -> StandInSession:
         guest = self._guest
+        if guest.agent is not None:
+            guest.agent.go_on()
         if guest.agent is not None and not guest.agent.ended:
             raise RefusedDomainError("another memshr has a session", reasons=["another memshr is at work on it"])
         if guest.control_file < 0:
             guest.control_file = os.memfd_create("agent")
             os.ftruncate(guest.control_file, CONTROL_BYTES)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        control, mine = (ControlArea(os.dup(guest.control_file), _CODE) for _ in range(2))
+        control, mine = (StandInControl(os.dup(guest.control_file), _CODE) for _ in range(2))
+        control.guest = guest
         control.slots = [theirs.fileno(), *[-1] * (control_area.SLOTS - 1)]
         control.put(OFFER_AT, "<i", -1)
         control.put(PID_AT, "<i", guest.process.pid)
@@ -264,6 +276,8 @@ class StandInMachine(Host):
         while not all(writer.done for writer in writers):
             assert time.monotonic() < end_s, f"writers wait: {[f'{each.address:#x}' for each in writers if not each.done]}"
             for guest in self.guests:
+                if guest.agent is not None:
+                    guest.agent.go_on()
                 guest.memory.settle()
             time.sleep(0)
 

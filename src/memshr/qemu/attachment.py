@@ -562,11 +562,14 @@ class Attachment:
     def detach(self, injector: Injector) -> None:
         """Take the agent out of QEMU: thread, mappings, descriptors. No page may be on a frame any more."""
         session = self.working_session()
-        with self._asking():
-            self._give_to_ksm(session)
-            session.originals = []
-            self.target.disconnect(session, injector)
-        self._give_up(GuestState.LOOKING)
+        try:
+            with self._asking():
+                self._give_to_ksm(session)
+                session.originals = []
+                self.target.disconnect(session, injector)
+        finally:
+            # Also if it fails: the agent may have ended by then, and nothing can be asked of it any more.
+            self.drop_session()
 
     def drop_session(self) -> None:
         """End the session: all protection ends. The agent stays, asleep."""

@@ -42,6 +42,7 @@ from memshr.qemu.books import NOWHERE, POOL_SHIFT, GuestBooks, GuestFigures, Poo
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.host import Host, Lock
 from memshr.qemu.injection import Injector
+from memshr.qemu.interrupts import uninterrupted
 from memshr.qemu.monitor import MonitorError
 from memshr.qemu.protection import WriteWatch
 from memshr.qemu.remapping import Remapping
@@ -261,7 +262,8 @@ class QemuHypervisor:
     def _attach(self, guest: Attachment) -> None:
         fresh = guest.domid not in self._locks
         if fresh:
-            self._locks[guest.domid] = self._host.lock(guest.process)
+            with uninterrupted():  # a lock that nobody knows of would be held for good
+                self._locks[guest.domid] = self._host.lock(guest.process)
         try:
             available = max(0, self._host.available_bytes() - self._reserve_bytes)
             mappings = guest.attach(self._injector, available, self._watch)
