@@ -168,12 +168,14 @@ class PoolMappings:
 class Attachment:
     """One QEMU, open for reading; ``attach`` makes it one whose pages can be protected and remapped.
 
-    :param target: the process; closed by ``close``.
+    :param open_target: opens the process for looking; what it gives is closed by ``close``.
     :raises NoSuchDomainError: it has ended.
     :raises BackendError: QEMU does not tell where its RAM is.
     """
 
-    def __init__(self, domid: DomId, process: GuestProcess, target: Target | None = None) -> None:
+    def __init__(
+        self, domid: DomId, process: GuestProcess, open_target: Callable[[GuestProcess], Target] = Target
+    ) -> None:
         self.domid = domid
         self.process = process
         self.state = GuestState.LOOKING
@@ -190,7 +192,7 @@ class Attachment:
         self._mappings_left = 0
         self._stopped_at_a_difference = False
         try:
-            self.target = target or Target(process)
+            self.target = open_target(process)
         except OSError as error:
             raise (self.ended() if error.errno in _NO_PROCESS else self._unreadable(error)) from error
         try:
@@ -590,11 +592,14 @@ class Attachment:
     def detach(self, injector: Injector) -> None:
         """Take the agent out of QEMU: thread, mappings, descriptors. No page may be on a frame any more."""
         session = self.working_session()
-        with self._asking():
-            self._give_to_ksm(session)
-            session.originals = []
-            self.target.disconnect(session, injector)
-        self._give_up(GuestState.LOOKING)
+        try:
+            with self._asking():
+                self._give_to_ksm(session)
+                session.originals = []
+                self.target.disconnect(session, injector)
+        finally:
+            # Also if it fails: the agent may have ended by then, and nothing can be asked of it any more.
+            self.drop_session()
 
     def drop_session(self) -> None:
         """End the session: all protection ends. The agent stays, asleep."""

@@ -29,10 +29,9 @@ from memshr.errors import BackendError, DomainError, InvariantError, NoSuchDomai
 from memshr.hypervisor import error_of
 from memshr.procfs import Mappings
 from memshr.qemu import pagemap
-from memshr.qemu.agent import is_in_session
 from memshr.qemu.attachment import Attachment, GuestState
-from memshr.qemu.guests import GuestProcess, find_guests
-from memshr.qemu.lock import holder_of
+from memshr.qemu.guests import GuestProcess
+from memshr.qemu.host import Host
 from memshr.qemu.pool import FramePool, fits_pool
 from memshr.qemu.states import Ids, PageStates
 from memshr.types import (
@@ -112,16 +111,18 @@ class GuestBooks:
     """The books of some guests, who get the domids 1, 2, ... in this order.
 
     :param groups: name of a trust group -> domids of its guests.
+    :param host: the machine that they run on.
     :raises NoSuchDomainError: a guest has ended, or ``groups`` names one that is not there.
     :raises BackendError: a guest's monitor cannot be used.
     """
 
-    def __init__(self, processes: Sequence[GuestProcess], groups: Mapping[str, Collection[int]]) -> None:
+    def __init__(self, processes: Sequence[GuestProcess], groups: Mapping[str, Collection[int]], host: Host) -> None:
+        self._host = host
         self.guests: list[Attachment] = []
         self.pools: list[PoolBooks] = []
         try:
             for number, process in enumerate(processes, start=1):
-                self.guests.append(Attachment(DomId(number), process))
+                self.guests.append(Attachment(DomId(number), process, host.target))
             self.groups = _group_of_each(processes, groups)
             self.base = np.concatenate([[0], np.cumsum([guest.pages for guest in self.guests])]).astype(np.int64)
             total = int(self.base[-1])
@@ -209,7 +210,7 @@ class GuestBooks:
             number = known.get(mapped.file)
             if number is None:
                 try:
-                    pool = FramePool.adopt(guest.process.pid, sample)
+                    pool = self._host.adopt_pool(guest.process.pid, sample)
                 except OSError as error:
                     raise guest.failed(error) from error
                 if pool is None:
@@ -372,21 +373,9 @@ class GuestBooks:
         attached = frozenset(guest.domid for guest in self.guests if guest.session is not None)
         if books.judged_for != attached:
             ours = {self.guests[domid - 1].process.pid for domid in attached}
-            books.whole = not any(
-                self._may_read(process, books.pool) for process in find_guests() if process.pid not in ours
-            )
+            books.whole = not self._host.is_read_by_others(books.pool, ours)
             books.judged_for = attached
         return books.whole
-
-    @staticmethod
-    def _may_read(process: GuestProcess, pool: FramePool) -> bool:
-        try:
-            # A table that a dead memshr has left may be about to map any pool.
-            if is_in_session(process.pid) and holder_of(process.pid) is None:
-                return True
-            return bool(process.mappings().of_file(pool.file).any())
-        except OSError:
-            return process.running
 
     def look_again(self) -> None:
         # At guests without a session somebody else may be at work: there are no beliefs about them, only looks.

@@ -41,10 +41,10 @@ from memshr.qemu.agent import Session
 from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment, GuestState
 from memshr.qemu.books import NOWHERE, POOL_SHIFT, GuestBooks, GuestFigures, PoolBooks, PoolFigures
 from memshr.qemu.guests import GuestProcess
+from memshr.qemu.host import Host, Lock
 from memshr.qemu.injection import Injector
-from memshr.qemu.lock import GuestLock
+from memshr.qemu.interrupts import uninterrupted
 from memshr.qemu.monitor import MonitorError
-from memshr.qemu.pool import FramePool
 from memshr.qemu.protection import WriteWatch
 from memshr.qemu.remapping import Remapping
 from memshr.qemu.states import Ids
@@ -86,6 +86,7 @@ class QemuHypervisor:
     :param processes: the guests; they get the domids 1, 2, ... in this order.
     :param groups: name of a trust group -> domids of its guests. A guest that is in none is a group of its own.
     :param reserve_bytes: sharing and unsharing stop before the host's MemAvailable falls below this.
+    :param host: the machine that they run on; this one, unless a test has another.
     :raises NoSuchDomainError: a guest has ended, or ``groups`` names one that is not there.
     :raises RefusedDomainError: another memshr has a guest in hand.
     :raises BackendError: a guest's monitor cannot be used.
@@ -97,15 +98,17 @@ class QemuHypervisor:
         *,
         groups: Mapping[str, Collection[int]] | None = None,
         reserve_bytes: int = DEFAULT_RESERVE_BYTES,
+        host: Host | None = None,
     ) -> None:
+        self._host = host or Host()
         self._reserve_bytes = reserve_bytes
-        self._locks: dict[int, GuestLock] = {}
+        self._locks: dict[int, Lock] = {}
         self._watches: dict[int, WriteWatch] = {}
         self._defect: BaseException | None = None
         self._injector = Injector()
         self._enabled = [False] * len(processes)
         self._chosen_pool: dict[str, int] = {}
-        self._books = GuestBooks(processes, groups or {})
+        self._books = GuestBooks(processes, groups or {}, self._host)
         self._states = self._books.states
         self._remapping = Remapping(self._books)
         for guest in self._books.guests:
@@ -264,9 +267,10 @@ class QemuHypervisor:
     def _attach(self, guest: Attachment) -> None:
         fresh = guest.domid not in self._locks
         if fresh:
-            self._locks[guest.domid] = GuestLock(guest.process.pid, guest.process.name)
+            with uninterrupted():  # a lock that nobody knows of would be held for good
+                self._locks[guest.domid] = self._host.lock(guest.process)
         try:
-            available = max(0, guest.target.host_available_bytes() - self._reserve_bytes)
+            available = max(0, self._host.available_bytes() - self._reserve_bytes)
             mappings = guest.attach(self._injector, available, self._watch)
             try:
                 # Only now: the agent may have been at the last table of a memshr that died, until it took our session.
@@ -656,7 +660,7 @@ class QemuHypervisor:
         for number, books in enumerate(self._books.pools):
             if books.pool.group == group and self._books.whole(books):
                 return number
-        self._books.pools.append(PoolBooks(FramePool.create(group)))
+        self._books.pools.append(PoolBooks(self._host.create_pool(group)))
         return len(self._books.pools) - 1
 
     def _punch_unread(self, frames: NDArray[np.int64]) -> int:
@@ -715,7 +719,7 @@ class QemuHypervisor:
         return self._punch_unread(frames[frames != NOWHERE])
 
     def _has_room(self, pages: int) -> bool:
-        return pagemap.host_available_bytes() - pages * PAGE_SIZE >= self._reserve_bytes
+        return self._host.available_bytes() - pages * PAGE_SIZE >= self._reserve_bytes
 
     def _move(self, guest: Attachment, pieces: Sequence[Ids]) -> None:
         """Give pages of one guest memory of their own, piece by piece (each a table's worth), as far as there is room.
@@ -852,7 +856,7 @@ class QemuHypervisor:
         in_pool = np.flatnonzero(guest.in_pool)
         shared = int(self._books.on_frame(base + in_pool).sum())
         needed = len(in_pool) * PAGE_SIZE
-        available = pagemap.host_available_bytes()
+        available = self._host.available_bytes()
         if available - needed < self._reserve_bytes:
             raise HostMemoryError(
                 f"unsharing guest {guest.process.name} needs {needed >> 20} MiB; the host has {available >> 20} MiB"

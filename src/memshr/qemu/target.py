@@ -139,11 +139,6 @@ class Target:
         """How many of its pages KSM has merged."""
         return pagemap.ksm_pages(self.pid)
 
-    @staticmethod
-    def host_available_bytes() -> int:
-        """MemAvailable of the host."""
-        return pagemap.host_available_bytes()
-
     # -- attaching -------------------------------------------------------------------------------------------------
 
     def has_agent(self) -> bool:

@@ -1,0 +1,165 @@
+"""Every call to the kernel, to QEMU and to the agent fails once, in every operation; one law holds afterwards.
+
+The law (``standin.world``): nothing is protected that is not nominated, and the other way round. A call that raised has
+nominated nothing. No writer waits. Each guest reads what it last wrote. "Stop" is heard: InvariantError and Ctrl-C come
+out as they went in. No other guest was given up. The same object can be used again, and its audit is clean.
+
+A recording of each operation says which calls there are. Each then fails in each of the ways that it can fail in; of
+five errnos each call gets two, in turn, to keep this short.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from memshr.errors import (
+    BackendError,
+    ConnectionLostError,
+    HostMemoryError,
+    InvariantError,
+    MemshrError,
+    PermissionDeniedError,
+    RefusedDomainError,
+)
+from memshr.qemu.agent import AgentCallError
+from memshr.qemu.attachment import GuestState
+from memshr.qemu.monitor import MonitorError
+from standin.calls import Call, Failure
+from standin.world import OPERATIONS, World, attempt
+
+ERRNOS = (errno.ENOMEM, errno.EPERM, errno.EIO, errno.EAGAIN, errno.ESRCH)
+MONITOR = ("layout", "has_direct_drives", "drain", "connect")
+
+
+def os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def no_place() -> AgentCallError:
+    return AgentCallError("QEMU did not take a descriptor", errno=errno.EMFILE, done=0)
+
+
+def parts_of(call: Call) -> tuple[str, str]:
+    """Whom a call asks, and what."""
+    whom, _, what = call.name.rpartition(": ")[2].rpartition(".")
+    return whom, what
+
+
+def failures_of(call: Call, turn: int) -> Iterator[tuple[str, Failure]]:
+    """Every way in which a call can fail, with a name for it."""
+    whom, what = parts_of(call)
+    if call.name.endswith("in QEMU: close"):
+        return
+    if ": in QEMU: " in call.name:
+        for number in (errno.ENOMEM, errno.EPERM):
+            yield "in QEMU", Failure(call, os_error(number), "before")
+        return
+    asks_kernel = (whom == "target" and what not in {"connect", "layout", "drain", "has_direct_drives"}) or (
+        whom == "session" and what in {"register", "protect", "unprotect", "wake"}
+    )
+    if asks_kernel:
+        yield "errno", Failure(call, os_error(ERRNOS[turn % 5]), "before")
+        yield "another errno", Failure(call, os_error(ERRNOS[(turn + 2) % 5]), "before")
+    if what in {"protect", "unprotect", "read"} and whom != "pool":
+        yield "half done", Failure(call, os_error(errno.ENOMEM), "half")
+        yield "half done", Failure(call, KeyboardInterrupt(), "half")
+    if whom == "target" and what in {*MONITOR, "disconnect"}:
+        yield "QEMU does not answer", Failure(call, ConnectionLostError("no answer"), "before")
+        yield "QEMU refuses", Failure(call, MonitorError("refused", command="x", kind="y"), "before")
+        yield "errno", Failure(call, os_error(ERRNOS[turn % 5]), "before")
+    if whom == "session" and what in {"post", "await_answer", "give", "drop", "end_agent"}:
+        yield "QEMU does not answer", Failure(call, ConnectionLostError("no answer"), "before")
+        if what == "give":
+            yield "QEMU refuses", Failure(call, no_place(), "before")
+    for asked, error in {
+        "host.lock": RefusedDomainError("locked", reasons=["locked"]),
+        "host.create_pool": PermissionDeniedError("not root"),
+        "host.adopt_pool": os_error(errno.ENOENT),
+        "pool.add": HostMemoryError("no memory"),
+        "pool.punch": os_error(errno.ENOMEM),
+        "pool.read": os_error(errno.EIO),
+    }.items():
+        if call.name == asked:
+            yield "errno", Failure(call, error, "before")
+    yield "interrupted before", Failure(call, KeyboardInterrupt(), "before")
+    yield "interrupted after", Failure(call, KeyboardInterrupt(), "after")
+    yield "stop", Failure(call, InvariantError("stop"), "before")
+    makes = what in {"connect", "lock", "create_pool", "adopt_pool", "give"}  # what it makes would be lost
+    yield "no memory for Python", Failure(call, MemoryError(), "after" if turn % 2 and not makes else "before")
+
+
+WAYS = (
+    *("errno", "another errno", "half done", "QEMU does not answer", "QEMU refuses", "in QEMU"),
+    *("interrupted before", "interrupted after", "stop", "no memory for Python"),
+)
+
+
+def recorded(operation: str) -> list[Call]:
+    """The calls that an operation makes."""
+    how, prepare = OPERATIONS[operation]
+    with World(**how) as world:
+        act = prepare(world)
+        world.machine.calls.begin()
+        act()
+        return world.machine.calls.end()
+
+
+def judge(operation: str, failure: Failure) -> None:
+    """Do an operation in which one call fails, and judge what is left."""
+    how, prepare = OPERATIONS[operation]
+    with World(**how) as world:
+        act = prepare(world)
+        before = world.nominated()
+        sessions = {guest.process.name: guest.session for guest in world.hypervisor._books.guests}
+        world.machine.calls.begin(failure)
+        raised = attempt(act)
+        world.machine.calls.end()
+        assert world.machine.calls.failed, "the call was not made again"
+        if isinstance(failure.error, KeyboardInterrupt):
+            assert isinstance(raised, KeyboardInterrupt), f"it came out as {raised!r}"
+        elif isinstance(failure.error, (InvariantError, MemoryError)):
+            assert raised is failure.error, f"it came out as {raised!r}"
+        pools = parts_of(failure.call)[0] in {"pool", "host"}
+        wanted = isinstance(raised, (MemshrError, KeyboardInterrupt)) or raised in (None, failure.error)
+        assert wanted, f"it came out as {raised!r}"
+        assert not isinstance(raised, OSError) or pools, "an OSError comes out"
+        if operation == "close":
+            return
+        for guest in world.hypervisor._books.guests:
+            other = not failure.call.name.startswith(guest.process.name)
+            assert not other or guest.state is not GuestState.LOST, f"{guest.process.name} was given up"
+            lost = sessions[guest.process.name] is not guest.session and guest.session is None
+            assert not (other and lost) or (operation == "detach" and guest.domid == 1)
+        world.check_all(before, raised)
+        world.check_use()
+
+
+def judge_all(cases: list[tuple[str, Callable[[], object]]]) -> None:
+    """Judge each, then report all that broke the law."""
+    broken = []
+    for name, case in cases:
+        found = attempt(case)
+        if found is not None:
+            text = (str(found) or repr(found)).splitlines()[0][:200]
+            broken.append(f"{name}: {type(found).__name__}: {text}")
+    assert not broken, f"{len(broken)} of {len(cases)} broke the law:\n" + "\n".join(broken)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_law_holds_whatever_call_fails(operation: str, way: str) -> None:
+    cases: list[tuple[str, Callable[[], object]]] = []
+    for turn, call in enumerate(recorded(operation)):
+        for name, failure in failures_of(call, turn):
+            if name == way:
+                what = f"{call} {failure.when} {failure.error!r}"
+                cases.append((what, lambda failure=failure: judge(operation, failure)))  # type: ignore[misc]
+    judge_all(cases)
+
+
+_ = itertools
