@@ -41,6 +41,16 @@ ADDRESSES_BYTES: Final = 16 << 30
 OFFSETS: Final = {"state": control_area.STATE_AT, "done": control_area.DONE_AT, "tid": control_area.TID_AT}
 CREW: Final = ("--group", "crew=1,2,3")
 RACES: Final = 8
+IMPATIENT: Final = """
+from memshr.qemu import agent, bounded, monitor, target
+agent.ANSWER_DEADLINE_S = 1.0
+bounded.DEADLINE_S = 4.0
+monitor.ANSWER_DEADLINE_S, monitor.PATIENCE_S, monitor.GREETING_DEADLINE_S = 2.0, 5.0, 1.0
+target.DRAIN_DEADLINE_S = 2.0
+from memshr.cli.main import main
+main()
+"""
+"""memshr with deadlines of a few seconds, so that what waits for one of them does not take minutes; nothing else."""
 
 
 # -- running memshr ----------------------------------------------------------------------------------------------------
@@ -74,7 +84,10 @@ def memshr(*arguments: str) -> Outcome:
     peak_bytes, killed = 0, False
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with subprocess.Popen(
-            [*limited, sys.executable, "-m", "memshr", *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err
+            [*limited, sys.executable, "-c", IMPATIENT, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
         ) as process:
             end = time.monotonic() + DEADLINE_S
             while process.poll() is None:

@@ -548,7 +548,7 @@ def die_with_a_waiting_table(guest: QtestGuest) -> Gate:
         "opened = hypervisor._books.guests[0]\n"
         f"(row,) = opened.pages_of_gfns(np.array([{FIRST_GFN}]))\n"
         "hypervisor._hand_over_pools([opened], np.array([row]))\n"
-        "(frame,) = hypervisor._new_frames(np.array([row]))\n"
+        "(frame,) = hypervisor._new_frames(np.array([row]), np.array([True]))\n"
         "pool = hypervisor._books.pools[int(frame) >> 32].pool\n"
         "hva = int(opened.hvas[row])\n"
         "table = [waiting_call(opened.session.control, int(sys.argv[2]))]\n"

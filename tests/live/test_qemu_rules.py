@@ -14,7 +14,8 @@ from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.qemu_host import FIRST_GFN, QtestHost, process_of
 from memshr.errors import InvariantError, RefusedDomainError, Status
-from memshr.qemu import lock, pagemap, protection
+from memshr.procfs import process_mappings
+from memshr.qemu import lock, pagemap, protection, syscalls
 from memshr.qemu.attachment import Attachment, GuestState
 from memshr.qemu.control_area import CONTROL_BYTES, CONTROL_NAME, ControlArea, is_ours
 from memshr.qemu.hypervisor import QemuHypervisor
@@ -284,3 +285,72 @@ def test_interrupted_nomination_of_two_guests_leaves_none_of_either(
     assert written.wait(20)
     writer.join()
     assert not any(share(host, pages_of(FIRST)[1:], pages_of(SECOND)[1:]))
+
+
+def pools_of(guest: QtestGuest) -> set[int]:
+    """The inodes of all pools that a QEMU has mapped or open."""
+    mapped = {each.inode for each in process_mappings(guest.pid) if "memshr-pool" in each.path}
+    links = [path for path in Path(f"/proc/{guest.pid}/fd").iterdir() if "memshr-pool" in os.fspath(path.readlink())]
+    return mapped | {path.stat().st_ino for path in links}
+
+
+def test_frame_that_only_one_guest_is_on_is_not_for_the_others_to_read(host: QtestHost) -> None:
+    """A QEMU can read all of a pool that it has been given. What another guest has twice is not its business."""
+    one, two = host.guests
+    for guest in host.guests:
+        guest.write((FIRST_GFN + 100) * PAGE_SIZE, page(7 + guest.pid) * 2)
+    for domid in BOTH:
+        secret = pages_of(domid, FIRST_GFN + 100, 2)
+        assert not any(share(host, secret[:1], secret[1:]))
+    secrets = {each.pool.file[1]: each.pool.owner for each in host.hypervisor._books.pools if each.pool.owner}
+    assert len(secrets) == 2
+    assert pools_of(one) & pools_of(two) & set(secrets) == set()
+    assert not any(share(host, pages_of(FIRST), pages_of(SECOND))), "the others are shared as before"
+    assert pools_of(one) & pools_of(two)
+    assert pools_of(one) & pools_of(two) & set(secrets) == set()
+    assert host.hypervisor.audit().clean
+
+
+def test_frame_of_one_guest_moves_when_another_joins_it(host: QtestHost) -> None:
+    twins = pages_of(FIRST, count=2)
+    assert not any(share(host, twins[:1], twins[1:]))
+    owned = host.hypervisor.frames_of(twins)
+    handle = host.hypervisor.nominate_gfn(FIRST, Gfn(FIRST_GFN))
+    joining = pages_of(SECOND, count=3)
+    assert not any(share(host, twins[[0, 0, 0]], joining))
+    assert host.hypervisor.nominate_gfn(FIRST, Gfn(FIRST_GFN)) == handle, "its handle goes with it"
+    together = host.hypervisor.frames_of(PageArray.of_domain(FIRST, twins.gfns)).tolist()
+    assert len({*together, *host.hypervisor.frames_of(joining).tolist()}) == 1
+    assert together[0] != owned[0]
+    assert host.hypervisor.debug_gfn(SECOND, Gfn(FIRST_GFN)) == 5
+    assert [figures.used_frames for figures in host.hypervisor.pool_figures()].count(1) == 1
+    assert sum(figures.backed_bytes for figures in host.hypervisor.pool_figures()) == PAGE_SIZE
+    assert host.hypervisor.audit().clean
+    host.hypervisor.close()
+    with QtestHost(host.guests) as later:  # and the other way round: two frames of one guest each become one
+        for domid in BOTH:
+            fresh = pages_of(domid, FIRST_GFN + 4, 2)
+            assert not any(share(later, fresh[:1], fresh[1:]))
+        assert not any(share(later, pages_of(FIRST, FIRST_GFN + 4, 1), pages_of(SECOND, FIRST_GFN + 4, 1)))
+        assert later.hypervisor.debug_gfn(SECOND, Gfn(FIRST_GFN + 5)) == 4
+        assert later.hypervisor.audit().clean
+        for domid in BOTH:
+            assert later.read(domid, Gfn(FIRST_GFN + 5)) == page(1)
+
+
+def test_pool_of_another_guest_alone_is_a_finding(host: QtestHost) -> None:
+    twins = pages_of(FIRST, count=2)
+    assert not any(share(host, twins[:1], twins[1:]))
+    key = opened(host, FIRST).process.key
+    (own,) = [each.pool for each in host.hypervisor._books.pools if each.pool.owner == key]
+    thief = opened(host, SECOND)
+    session = thief.working_session()
+    readable = own.readable()
+    number = session.give(readable)
+    os.close(readable)
+    hva = int(thief.hvas[thief.pages_of_gfns(np.array([FIRST_GFN + 50]))[0]])
+    assert (
+        session.call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, syscalls.MAP_PRIVATE | syscalls.MAP_FIXED, number, 0) == hva
+    )
+    findings = {(each.invariant, each.domid) for each in host.hypervisor.audit().findings}
+    assert ("I10", SECOND) in findings

@@ -44,7 +44,7 @@ class StandInGuest:
 
     def __init__(self, machine: StandInMachine, pid: int, name: str, pages: int) -> None:
         self.machine = machine
-        self.process = GuestProcess(pid, 1, name, (), None, libvirt=False)
+        self.process = GuestProcess(pid, 1, name, (), None, libvirt=False, uid=0)
         self.memory = Memory(machine.kernel)
         self.layout = [
             RamRange(Gfn(0), _LOW_PAGES, _LOW_HVA, "low"),
@@ -274,7 +274,9 @@ class StandInMachine(Host):
         """Wait until all have written."""
         end_s = time.monotonic() + deadline_s
         while not all(writer.done for writer in writers):
-            assert time.monotonic() < end_s, f"writers wait: {[f'{each.address:#x}' for each in writers if not each.done]}"
+            assert time.monotonic() < end_s, (
+                f"writers wait: {[f'{each.address:#x}' for each in writers if not each.done]}"
+            )
             for guest in self.guests:
                 if guest.agent is not None:
                     guest.agent.go_on()
@@ -301,20 +303,20 @@ class StandInMachine(Host):
     def available_bytes(self) -> int:
         return self.calls("host.available_bytes", lambda: self.free_bytes)
 
-    def create_pool(self, group: str) -> FramePool:
-        return self.calls("host.create_pool", lambda: self._create_pool(group))
+    def create_pool(self, group: str, owner: str = "") -> FramePool:
+        return self.calls("host.create_pool", lambda: self._create_pool(group, owner))
 
-    def _create_pool(self, group: str) -> FramePool:
+    def _create_pool(self, group: str, owner: str) -> FramePool:
         made = os.memfd_create(group)
         status = os.fstat(made)
         file = status.st_dev, status.st_ino
-        self._pool_files[file] = group, made
+        self._pool_files[file] = group, made, owner
         self.kernel.names[file] = f"/memfd:{pool.NAME_PREFIX}{group} (deleted)"
         return self._open_pool(file)
 
     def _open_pool(self, file: tuple[int, int]) -> FramePool:
-        group, made = self._pool_files[file]
-        opened = StandInPool(group, os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC))
+        group, made, owner = self._pool_files[file]
+        opened = StandInPool(group, os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC), owner)
         opened.calls = self.calls
         return opened
 

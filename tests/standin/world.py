@@ -268,4 +268,3 @@ def attempt(act: Callable[[], object]) -> BaseException | None:
 def is_for_the_user(error: BaseException) -> bool:
     """Whether an error is one that memshr may raise of its own."""
     return isinstance(error, MemshrError)
-

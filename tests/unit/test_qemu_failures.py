@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from memshr.errors import (
-    BackendError,
     ConnectionLostError,
     HostMemoryError,
     InvariantError,

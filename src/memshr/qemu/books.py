@@ -344,15 +344,30 @@ class GuestBooks:
     # -- pools --------------------------------------------------------------------------------------------------------
 
     def on_foreign_frame(self, ids: Ids) -> NDArray[np.bool_]:
-        # Which pages are on frames of a group that their guest is not in (any more): these get no new sharers.
+        # Which pages are on frames that are not for their guest (any more): these get no new sharers.
         frames = self.frame[ids]
-        pools = np.where(frames == NOWHERE, len(self.pools), frames >> POOL_SHIFT)
-        guests = np.searchsorted(self.base, ids, side="right") - 1
-        groups = np.array([*(books.pool.group for books in self.pools), ""])
-        foreign = np.asarray((frames != NOWHERE) & (groups[pools] != np.array(self.groups)[guests]))
+        foreign = frames != NOWHERE
+        for guest, rows in self.by_guest(ids):
+            mine = np.array([self.is_for(books, guest) for books in self.pools] or [False])
+            mapped = rows[foreign[rows]]
+            foreign[mapped] = ~mine[frames[mapped] >> POOL_SHIFT]
         some = np.flatnonzero(foreign)
         foreign[some] = self.on_frame(ids[some])
-        return foreign
+        return np.asarray(foreign)
+
+    def is_for(self, books: PoolBooks, guest: Attachment) -> bool:
+        """Whether a guest may have a pool: it is of its group, and of no other guest alone."""
+        pool = books.pool
+        return pool.group == self.groups[guest.domid - 1] and pool.owner in {"", guest.process.key}
+
+    def is_alone(self, guest: Attachment) -> bool:
+        """Whether a guest's trust group is itself."""
+        return self.groups.count(self.groups[guest.domid - 1]) == 1
+
+    def in_own_pool(self, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which frames (NOWHERE: none) are in pools of one guest alone."""
+        own = np.array([*(bool(books.pool.owner) for books in self.pools), False])
+        return np.asarray(own[np.where(frames == NOWHERE, len(self.pools), frames >> POOL_SHIFT)])
 
     def sums(self, contents: PageBytes) -> NDArray[np.uint64]:
         # A sum with secret odd weights: any change of a page changes it, and nobody can plan one that does not.
@@ -467,7 +482,7 @@ class GuestBooks:
                 findings.append(self._finding("I3", base + page, int(believed[page]), int(mapped[page])))
             own = self.groups[guest.domid - 1]
             for number in _present(mapped[mapped != NOWHERE] >> POOL_SHIFT):
-                if self.pools[number].pool.group != own:
+                if not self.is_for(self.pools[number], guest):
                     page = base + int(np.flatnonzero(mapped >> POOL_SHIFT == number)[0])
                     domid, gfn = self.place(page)
                     findings.append(
@@ -477,7 +492,8 @@ class GuestBooks:
                             gfn,
                             Mfn(int(mapped[page - base])),
                             f"frames of trust group {own}",
-                            f"frames of trust group {self.pools[number].pool.group}",
+                            f"frames of trust group {self.pools[number].pool.group}"
+                            + (" that are another guest's alone" if self.pools[number].pool.owner else ""),
                             "the group was changed while pages were shared; unshare the guest",
                         )
                     )

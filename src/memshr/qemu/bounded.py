@@ -27,10 +27,11 @@ class Bounded:
     """A thread that makes calls, one after the other. It is started when it is first needed.
 
     :param what: what the calls do, for the error.
+    :param deadline_s: for each call; None: DEADLINE_S.
     """
 
-    def __init__(self, what: str, deadline_s: float = DEADLINE_S) -> None:
-        self.deadline_s = deadline_s
+    def __init__(self, what: str, deadline_s: float | None = None) -> None:
+        self.deadline_s = DEADLINE_S if deadline_s is None else deadline_s
         self._what = what
         self._asked: queue.SimpleQueue[Callable[[], int] | None] = queue.SimpleQueue()
         self._answered: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()

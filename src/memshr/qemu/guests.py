@@ -160,6 +160,11 @@ class GuestProcess:
             return str(self.uid)
 
     @property
+    def key(self) -> str:
+        """What tells this process from any other, now or later."""
+        return f"{self.pid}.{self.start_ticks}"
+
+    @property
     def uuid(self) -> str:
         """Its UUID as its command line has it, which it always does under libvirt; else empty."""
         return next(_arguments_of(self.arguments, "uuid"), "")

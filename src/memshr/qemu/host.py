@@ -40,9 +40,9 @@ class Host:
         """MemAvailable."""
         return pagemap.host_available_bytes()
 
-    def create_pool(self, group: str) -> FramePool:
+    def create_pool(self, group: str, owner: str = "") -> FramePool:
         """A new pool. :raises PermissionDeniedError: as FramePool.create. :raises UnsupportedError: likewise."""
-        return FramePool.create(group)
+        return FramePool.create(group, owner)
 
     def adopt_pool(self, pid: int, mapping: Mapping) -> FramePool | None:
         """The pool behind a mapping. :raises OSError: as FramePool.adopt."""

@@ -107,7 +107,7 @@ class QemuHypervisor:
         self._defect: BaseException | None = None
         self._injector = Injector()
         self._enabled = [False] * len(processes)
-        self._chosen_pool: dict[str, int] = {}
+        self._chosen_pool: dict[tuple[str, str], int] = {}
         self._books = GuestBooks(processes, groups or {}, self._host)
         self._states = self._books.states
         self._remapping = Remapping(self._books)
@@ -498,13 +498,16 @@ class QemuHypervisor:
         rows = np.flatnonzero((statuses == Status.OK) & ~same)
         sources, source_handles = sources[rows], source_handles[rows]
         clients, client_handles = clients[rows], client_handles[rows]
+        crossing = self._crossing(sources, clients)
+        self._promote(sources[crossing & source_shared[rows]])
         for guest, mine in self._books.by_guest(everybody := np.concatenate([sources, clients])):
             if not guest.dead:
                 guest.split_huge_pages(np.sort(self._books.local(guest, everybody[mine])))
         # A source that does not get its frame may lie in the mapping of an old one, of which it has been a copy since.
         new = ~source_shared[rows]
-        given = self._give_frames(sources[new], source_handles[new])
+        given = self._give_frames(sources[new], source_handles[new], np.unique(sources[crossing]))
         frames = np.where(new & ~np.isin(sources, given), NOWHERE, self._books.frame[sources])
+        frames[crossing & self._books.in_own_pool(frames)] = NOWHERE  # there was no memory to move it to the others
         done = self._move_onto(clients, client_handles, client_shared[rows], frames)
         # The rest was written while others were in flight, or there was no memory for it.
         left = np.flatnonzero(~done)
@@ -524,9 +527,57 @@ class QemuHypervisor:
         on_frame = shared & (self._books.frame_handles(ids, shared) == handles)
         return np.asarray((nominated | on_frame) & (handles != 0))
 
-    def _give_frames(self, ids: Ids, handles: Handles) -> Ids:
+    def _crossing(self, sources: Ids, clients: Ids) -> NDArray[np.bool_]:
+        # Rows that put pages of two guests onto one frame: the client's own, or those that are on its frame already.
+        guests = [np.searchsorted(self._books.base, ids, side="right") for ids in (sources, clients)]
+        frames = self._books.frame[clients]
+        with_others = (frames != NOWHERE) & self._books.on_frame(clients) & ~self._books.in_own_pool(frames)
+        return np.asarray((guests[0] != guests[1]) | with_others)
+
+    def _promote(self, ids: Ids) -> None:
+        """Move the frames of these pages that are in a pool of one guest into that of its group, for others to join.
+
+        Their handles go with them. What cannot be moved stays where it is.
+        """
+        frames = np.unique(self._books.frame[ids])
+        frames = frames[self._books.in_own_pool(frames)]
+        for start in range(0, len(frames), BATCH_PAGES):
+            old = frames[start : start + BATCH_PAGES]
+            if not self._has_room(len(old)):
+                return
+            new = np.empty_like(old)
+            try:
+                for books, rows, numbers in self._books.by_pool(old):
+                    contents = page_buffer(len(rows))
+                    books.pool.read(numbers, contents)
+                    new[rows] = self._add_frames(books.pool.group, "", contents[: len(rows)], (0, b""))
+                    for into, places, at in self._books.by_pool(new[rows]):
+                        into.handles[at] = books.handles[numbers[places]]
+            except HostMemoryError:
+                return
+            self._move_sharers(old, new)
+            # A page that stayed behind has a frame of its own then, and so another handle.
+            for books, _, numbers in self._books.by_pool(old):
+                left = numbers[books.handles[numbers] != 0]
+                books.handles[left] = self._states.new_handles(len(left))
+
+    def _move_sharers(self, old: NDArray[np.int64], new: NDArray[np.int64]) -> None:
+        # Every page that is on one of the old frames onto the new one that holds the same bytes.
+        order = np.argsort(old)
+        sharers = self._books.holders(old)
+        sharers = sharers[self._books.on_frame(sharers)]
+        targets = new[order[np.searchsorted(old[order], self._books.frame[sharers])]]
+        for flight in self._remapping.flights(sharers, targets):
+            with self._remapping.flight(sharers[flight]):
+                held = flight[self._remapping.hold_sharers(sharers[flight])]
+                self._remapping.map(sharers[held], targets[held])
+        self._punch_unread(np.unique(old))
+        self._punch_unread(np.unique(new))
+
+    def _give_frames(self, ids: Ids, handles: Handles, for_others: Ids) -> Ids:
         """Map fresh frames with their contents over those of the pages that are still nominated under these handles.
 
+        :param for_others: those of them whose frame pages of other guests are to join.
         :returns: the pages for which it was done.
         """
         ids, first = np.unique(ids, return_index=True)
@@ -539,7 +590,7 @@ class QemuHypervisor:
             # Read while nobody waits: reading a page of a QEMU may take as long as that QEMU wants. What was read is
             # what becomes the frame, once; each page is compared with it before it is mapped over the page.
             try:
-                frames = self._new_frames(some)
+                frames = self._new_frames(some, np.isin(some, for_others))
             except HostMemoryError:
                 break
             landed = np.zeros(len(flight), dtype=np.bool_)
@@ -575,22 +626,14 @@ class QemuHypervisor:
         (whole,) = np.nonzero(there & shared)
         if len(whole):
             old_frames = self._books.frame[clients[whole]]
-            order = np.argsort(old_frames)
-            sharers = self._books.holders(old_frames)
-            sharers = sharers[self._books.on_frame(sharers)]
-            targets = frames[whole][order[np.searchsorted(old_frames[order], self._books.frame[sharers])]]
-            for flight in self._remapping.flights(sharers, targets):
-                with self._remapping.flight(sharers[flight]):
-                    held = flight[self._remapping.hold_sharers(sharers[flight])]
-                    self._remapping.map(sharers[held], targets[held])
+            self._move_sharers(old_frames, frames[whole])
             done[whole] = self._books.frame[clients[whole]] == frames[whole]
-            self._punch_unread(np.unique(old_frames))
         return done
 
-    def _new_frames(self, sources: Ids) -> NDArray[np.int64]:
-        """Copies of the contents of pages in new frames of their groups' pools; NOWHERE for those of guests that are
-        lost meanwhile.
+    def _new_frames(self, sources: Ids, for_others: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Copies of the contents of pages in new frames; NOWHERE for those of guests that are lost meanwhile.
 
+        :param for_others: which of them go into the pool of the group; the others into one of their guest alone.
         :raises HostMemoryError: no memory for them.
         """
         frames = np.full(len(sources), NOWHERE, dtype=np.int64)
@@ -601,19 +644,28 @@ class QemuHypervisor:
                 guest.read_for_others(local, contents)
             except DomainError:
                 continue
-            number = self._chosen_pool[self._books.groups[guest.domid - 1]]
-            books = self._books.pools[number]
             which, policies = guest.policies(local)
-            for at, policy in enumerate(policies):
-                mine = which == at
-                if not mine.any():
-                    continue
-                some = contents if mine.all() else np.ascontiguousarray(contents[: len(rows)][mine])
-                first = books.pool.add(some[: int(mine.sum())], policy)
-                frames[rows[mine]] = (number << POOL_SHIFT) + first + np.arange(int(mine.sum()))
-                books.grow()
-                books.sums[first : first + int(mine.sum())] = self._books.sums(some[: int(mine.sum())])
+            group, own = self._books.groups[guest.domid - 1], self._owner_of(guest)
+            into_group = for_others[rows] | (not own)
+            for owner, there in (("", into_group), (own, ~into_group)):
+                for at, policy in enumerate(policies):
+                    mine = (which == at) & there
+                    if mine.any():
+                        some = contents[: len(rows)] if mine.all() else contents[: len(rows)][mine]
+                        frames[rows[mine]] = self._add_frames(group, owner, some, policy)
         return frames
+
+    def _owner_of(self, guest: Attachment) -> str:
+        # Whose pool the frames are in that only this guest's pages are on: the group's if that is nobody else.
+        return "" if self._books.is_alone(guest) else guest.process.key
+
+    def _add_frames(self, group: str, owner: str, contents: PageBytes, policy: tuple[int, bytes]) -> NDArray[np.int64]:
+        number = self._chosen_pool[group, owner]
+        books = self._books.pools[number]
+        first = books.pool.add(contents, policy)
+        books.grow()
+        books.sums[first : first + len(contents)] = self._books.sums(contents)
+        return (number << POOL_SHIFT) + first + np.arange(len(contents))
 
     def _bound_elsewhere(self, sources: Ids, clients: Ids) -> NDArray[np.bool_]:
         # Rows whose client may only have memory of certain NUMA nodes, which the source's frame need not be of.
@@ -639,29 +691,39 @@ class QemuHypervisor:
         groups = {self._books.groups[guest.domid - 1] for guest in guests}
         frames = self._books.frame[sources]
         of_sources = set(np.unique(frames[frames != NOWHERE] >> POOL_SHIFT).tolist())
-        for group in groups:
-            if not any(self._books.whole(books) for books in self._books.pools if books.pool.group == group):
-                self._settle_readers()  # perhaps it is for want of a session with one of them
-            self._chosen_pool[group] = self._pool_for(group)
-        for guest in self._books.guests:
+        members = [
+            guest
+            for guest in self._books.guests
+            if guest.session is not None and self._books.groups[guest.domid - 1] in groups
+        ]
+        for guest in members:
+            for owner in {"", self._owner_of(guest)}:
+                self._choose_pool(self._books.groups[guest.domid - 1], owner)
+        for guest in members:
             group = self._books.groups[guest.domid - 1]
-            if guest.session is None or group not in groups:
-                continue
-            needed = {self._chosen_pool[group]} | of_sources
-            mine = [books for number, books in enumerate(self._books.pools) if number in needed]
+            needed = of_sources | {self._chosen_pool[group, owner] for owner in ("", self._owner_of(guest))}
+            mine = [
+                books
+                for number, books in enumerate(self._books.pools)
+                if number in needed and self._books.is_for(books, guest)
+            ]
             with contextlib.suppress(DomainError):
                 guest.forget_pools([books.pool for books in mine])
                 for books in mine:
-                    if books.pool.group == group:
-                        books.seen_in.add(guest.domid)  # from now on a table of its agent may map it
-                        guest.pool_number(books.pool)
+                    books.seen_in.add(guest.domid)  # from now on a table of its agent may map it
+                    guest.pool_number(books.pool)
 
-    def _pool_for(self, group: str) -> int:
-        for number, books in enumerate(self._books.pools):
-            if books.pool.group == group and self._books.whole(books):
-                return number
-        self._books.pools.append(PoolBooks(self._host.create_pool(group)))
-        return len(self._books.pools) - 1
+    def _choose_pool(self, group: str, owner: str) -> None:
+        # Which pool new frames of a group go to, or those of one of its guests alone.
+        for attempt in (1, 2):
+            for number, books in enumerate(self._books.pools):
+                if (books.pool.group, books.pool.owner) == (group, owner) and self._books.whole(books):
+                    self._chosen_pool[group, owner] = number
+                    return
+            if attempt == 1:
+                self._settle_readers()  # perhaps it is for want of a session with one of them
+        self._books.pools.append(PoolBooks(self._host.create_pool(group, owner)))
+        self._chosen_pool[group, owner] = len(self._books.pools) - 1
 
     def _punch_unread(self, frames: NDArray[np.int64]) -> int:
         """Give back the memory of those of these frames that nobody reads; returns how many."""

@@ -1,4 +1,7 @@
-"""Frames for shared pages: one sparse memory file for each trust group.
+"""Frames for shared pages: a sparse memory file for each trust group, and one for each of its guests.
+
+A QEMU can read every frame of a pool that it has been given. So a frame that only one guest's pages are on lies in a
+pool of that guest alone; it is moved into the group's when another guest is to join it.
 
 What the design rests on:
 
@@ -35,6 +38,7 @@ _MODE: Final = 0o400
 _NOBODY: Final = 0xFFFFFFFD
 """The owner, which no process is: an owner may change the mode, also a QEMU of uid 0 that has no capability."""
 _MARK: Final = b"pool:"
+_OWN_MARK: Final = b"own:"
 _PLAIN: Final = " !#$&'()*+,/:;<=>?@[]^{|}"
 _MOST_BYTES: Final = 249
 
@@ -56,7 +60,8 @@ def group_at(pid: int, mapping: Mapping) -> str | None:
     """
     file = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _group_of(file)
+        known = _marked(file)
+        return known and known[0]
     finally:
         os.close(file)
 
@@ -77,11 +82,17 @@ def groups_in(pid: int, mappings: Mappings) -> list[str]:
     return sorted(group for group in found if group is not None)
 
 
-def _group_of(file: int) -> str | None:
+def _marked(file: int) -> tuple[str, str] | None:
+    # The group of a pool and its owner, by root's mark; None: it is none.
     found = mark.of(file)
-    if found is None or not found.startswith(_MARK):
+    if found is None:
         return None
-    return os.fsdecode(found.removeprefix(_MARK))
+    if found.startswith(_MARK):
+        return os.fsdecode(found.removeprefix(_MARK)), ""
+    if found.startswith(_OWN_MARK):
+        owner, _, group = found.removeprefix(_OWN_MARK).partition(b":")
+        return os.fsdecode(group), owner.decode()
+    return None
 
 
 def _name(group: str) -> str:
@@ -93,32 +104,34 @@ class FramePool:
     """The frames of one trust group.
 
     :param file: the memory file, open to read and write; owned by this object from now on.
+    :param owner: the only guest that gets it, as ``GuestProcess.key``; empty: every guest of the group may.
 
     ``file`` is its device and inode, by which mappings of it are known.
     """
 
-    def __init__(self, group: str, file: int) -> None:
+    def __init__(self, group: str, file: int, owner: str = "") -> None:
         self.group = group
+        self.owner = owner
         self._file = file
         status = os.fstat(file)
         self.file = status.st_dev, status.st_ino
 
     @classmethod
-    def create(cls, group: str) -> Self:
+    def create(cls, group: str, owner: str = "") -> Self:
         """A new, empty pool.
 
         :raises PermissionDeniedError: we are not root. :raises UnsupportedError: as mark.put.
         """
         file = syscalls.memfd_create(_name(group))
         try:
-            mark.put(file, _MARK + os.fsencode(group))
+            mark.put(file, (_OWN_MARK + owner.encode() + b":" if owner else _MARK) + os.fsencode(group))
             os.fchmod(file, _MODE)
             os.fchown(file, _NOBODY, _NOBODY)
             syscalls.add_seals(file, syscalls.F_SEAL_SHRINK)
         except BaseException:
             os.close(file)
             raise
-        return cls(group, file)
+        return cls(group, file, owner)
 
     @classmethod
     def adopt(cls, pid: int, mapping: Mapping) -> Self | None:
@@ -130,14 +143,14 @@ class FramePool:
         # pool. Whose pool it is says the mark too, so it does not matter which file was mapped there a moment ago.
         file = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
         try:
-            group = _group_of(file)
+            known = _marked(file)
         except BaseException:
             os.close(file)
             raise
-        if group is None:
+        if known is None:
             os.close(file)
             return None
-        return cls(group, file)
+        return cls(known[0], file, known[1])
 
     @property
     def frames(self) -> int:
