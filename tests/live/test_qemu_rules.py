@@ -12,7 +12,7 @@ import pytest
 
 from guests.machine import wait_until
 from guests.qtest import QtestGuest
-from live.qemu_host import FIRST_GFN, QtestHost, process_of
+from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
 from memshr.errors import InvariantError, RefusedDomainError, Status
 from memshr.procfs import process_mappings
 from memshr.qemu import lock, pagemap, protection, syscalls
@@ -317,7 +317,7 @@ def test_frame_of_one_guest_moves_when_another_joins_it(host: QtestHost) -> None
     owned = host.hypervisor.frames_of(twins)
     handle = host.hypervisor.nominate_gfn(FIRST, Gfn(FIRST_GFN))
     joining = pages_of(SECOND, count=3)
-    assert not any(share(host, twins[[0, 0, 0]], joining))
+    assert not any(share(host, twins[np.array([0, 0, 0])], joining))
     assert host.hypervisor.nominate_gfn(FIRST, Gfn(FIRST_GFN)) == handle, "its handle goes with it"
     together = host.hypervisor.frames_of(PageArray.of_domain(FIRST, twins.gfns)).tolist()
     assert len({*together, *host.hypervisor.frames_of(joining).tolist()}) == 1
@@ -354,3 +354,30 @@ def test_pool_of_another_guest_alone_is_a_finding(host: QtestHost) -> None:
     )
     findings = {(each.invariant, each.domid) for each in host.hypervisor.audit().findings}
     assert ("I10", SECOND) in findings
+
+
+def test_guests_of_one_group_that_were_shared_one_by_one_are_shared_together(qemu: Path) -> None:
+    """Each run over one guest alone makes a pool of its own, as it cannot know who reads the others."""
+    count = 7
+    with booted(qemu, *(f"one-of-{number}" for number in range(count)), memory_mib=16) as guests:
+        for guest in guests:
+            guest.write(FIRST_GFN * PAGE_SIZE, page(1) * 8)
+            with QtestHost([guest], groups={"all": [FIRST]}) as alone:
+                assert not any(share(alone, pages_of(FIRST, count=4), pages_of(FIRST, FIRST_GFN + 4, 4)))
+        with QtestHost(guests) as together:
+            assert len(together.hypervisor._books.pools) == count
+            for number in range(2, count + 1):
+                sources, clients = pages_of(FIRST), pages_of(DomId(number))
+                assert not any(share(together, sources, clients))
+            assert len(np.unique(together.hypervisor.frames_of(pages_of(DomId(count))))) == 4
+            assert together.hypervisor.audit().clean
+            for guest in guests:
+                given = [
+                    link for link in Path(f"/proc/{guest.pid}/fd").iterdir() if "pool" in os.fspath(link.readlink())
+                ]
+                assert len(given) <= 3, "those that it needs"
+            for number in range(1, count + 1):
+                together.hypervisor.detach(DomId(number))
+        for guest in guests:
+            assert guest.read(FIRST_GFN * PAGE_SIZE, 8 * PAGE_SIZE) == page(1) * 8
+            assert "memshr" not in Path(f"/proc/{guest.pid}/maps").read_text()

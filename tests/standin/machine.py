@@ -259,7 +259,7 @@ class StandInMachine(Host):
         self.calls = Calls()
         self.free_bytes = 1 << 40
         self.locked: set[int] = set()
-        self._pool_files: dict[tuple[int, int], tuple[str, int]] = {}
+        self._pool_files: dict[tuple[int, int], tuple[str, int, str]] = {}
         self.guests = [StandInGuest(self, FIRST_PID + at, name, pages) for at, name in enumerate(names)]
 
     def hypervisor(self, groups: Mapping[str, Collection[int]] | None = None) -> QemuHypervisor:
@@ -342,7 +342,7 @@ class StandInMachine(Host):
         for guest in self.guests:
             guest.end()
             guest.forget_agent()
-        for _, file in self._pool_files.values():
+        for _, file, _ in self._pool_files.values():
             os.close(file)
         self.kernel.close()
 
