@@ -13,7 +13,7 @@ import pytest
 from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
-from memshr.errors import InvariantError, RefusedDomainError, Status
+from memshr.errors import BackendError, InvariantError, RefusedDomainError, Status
 from memshr.procfs import process_mappings
 from memshr.qemu import lock, pagemap, protection, syscalls
 from memshr.qemu.attachment import Attachment, GuestState
@@ -139,6 +139,7 @@ def test_control_area_that_only_looks_like_one_is_not_trusted() -> None:
     forged = os.memfd_create(CONTROL_NAME, os.MFD_ALLOW_SEALING)
     os.ftruncate(forged, CONTROL_BYTES)
     os.pwrite(forged, bytes(real.memory), 0)
+    syscalls.add_seals(forged, syscalls.get_seals(real.file))
     unsealed = os.memfd_create(CONTROL_NAME, os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, CONTROL_BYTES)
     os.setxattr(unsealed, "trusted.memshr", b"agent")
@@ -157,9 +158,10 @@ def test_zombie_is_left_out(host: QtestHost) -> None:
     os.kill(host.guests[1].pid, signal.SIGKILL)
     stat = Path(f"/proc/{host.guests[1].pid}/stat")
     wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z", 10, "it is a zombie")
+    assert list(host.hypervisor.names()) == [FIRST]
+    assert opened(host, SECOND).state is GuestState.GONE
     statuses = host.hypervisor.share_gfns_many(pages_of(FIRST), handles[0], pages_of(SECOND), handles[1])
     assert statuses.tolist() == [Status.ESRCH] * 8
-    assert list(host.hypervisor.names()) == [FIRST]
     host.write(FIRST, Gfn(FIRST_GFN), b"goes on")
     assert host.hypervisor.audit().clean
 
@@ -381,3 +383,69 @@ def test_guests_of_one_group_that_were_shared_one_by_one_are_shared_together(qem
         for guest in guests:
             assert guest.read(FIRST_GFN * PAGE_SIZE, 8 * PAGE_SIZE) == page(1) * 8
             assert "memshr" not in Path(f"/proc/{guest.pid}/maps").read_text()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(12, "no memory"), BackendError("a defect")])
+def test_nomination_that_fails_half_way_leaves_none(
+    host: QtestHost, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException]
+) -> None:
+    guest = opened(host, FIRST)
+    protect = guest.protect
+
+    def fails(pages: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        protect(pages[:4])
+        monkeypatch.undo()
+        raise error
+
+    monkeypatch.setattr(guest, "protect", fails)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        host.hypervisor.nominate_gfns(pages_of(FIRST))
+    assert not len(host.hypervisor._states.all_nominated())
+    assert not pagemap.is_protected(guest.entries(guest.pages_of_gfns(pages_of(FIRST).gfns))).any()
+    handles = [host.hypervisor.nominate_gfns(pages_of(domid))[0] for domid in BOTH]
+    host.write(FIRST, Gfn(FIRST_GFN + 1), b"after the comparison")
+    statuses = host.hypervisor.share_gfns_many(pages_of(FIRST), handles[0], pages_of(SECOND), handles[1])
+    assert np.flatnonzero(statuses).tolist() == [1]
+    assert host.read(FIRST, Gfn(FIRST_GFN + 1))[:20] == b"after the comparison"
+
+
+def test_page_that_lost_its_protection_is_left_alone_also_if_nobody_wrote(host: QtestHost) -> None:
+    """As KSM would do it. Its bytes are still equal, but a write between comparison and mapping would be lost."""
+    handles = [host.hypervisor.nominate_gfns(pages_of(domid))[0] for domid in BOTH]
+    guest = opened(host, SECOND)
+    hva = int(guest.hvas[guest.pages_of_gfns(np.array([FIRST_GFN + 3]))[0]])
+    guest.working_session().unprotect([(hva, PAGE_SIZE)])
+    statuses = host.hypervisor.share_gfns_many(pages_of(FIRST), handles[0], pages_of(SECOND), handles[1])
+    assert np.flatnonzero(statuses).tolist() == [3]
+    assert "1 pages were no longer protected" in host.hypervisor.trouble[0]
+
+
+def test_bytes_of_another_program_are_nobody_elses_to_see(host: QtestHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QEMU may execute a set-uid program while its memory is read."""
+    monkeypatch.setattr(opened(host, FIRST).target, "is_itself", lambda: False)
+    assert share(host, pages_of(FIRST), pages_of(SECOND)) == [Status.ESRCH] * 8
+    assert opened(host, FIRST).state is GuestState.LOST
+    assert sum(figures.backed_bytes for figures in host.hypervisor.pool_figures()) == 0
+    host.write(SECOND, Gfn(FIRST_GFN), b"goes on")
+
+
+def test_what_a_dead_memshr_was_building_is_cleared_away(host: QtestHost) -> None:
+    session = opened(host, FIRST).working_session()
+    flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED
+    side = session.side_address
+    assert session.call(syscalls.NR_MMAP, side, 4 * PAGE_SIZE, 3, flags, 2**64 - 1, 0) == side
+    host.hypervisor.close()
+    place = f"{side:x}-{side + 4 * PAGE_SIZE:x} "
+    maps = Path(f"/proc/{host.guests[0].pid}/maps")
+    assert place in maps.read_text()
+    with QtestHost(host.guests):
+        assert place not in maps.read_text()
+
+
+def test_frames_of_a_guest_that_was_given_up_are_kept(host: QtestHost) -> None:
+    assert not any(share(host, pages_of(FIRST), pages_of(SECOND)))
+    opened(host, SECOND).lose(OSError(5, "a defect of the host"))
+    host.hypervisor.unshare_guest(FIRST)
+    host.hypervisor.punch_unread()
+    assert host.read(SECOND, Gfn(FIRST_GFN + 2)) == page(1), "it reads its frames as before"
+    assert host.hypervisor.audit().clean

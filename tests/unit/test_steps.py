@@ -1,5 +1,6 @@
 """Agents of several guests at work at the same time."""
 
+import select
 import socket
 from collections.abc import Iterator
 from typing import Any, cast
@@ -101,6 +102,36 @@ def test_work_goes_on_when_the_time_for_an_answer_is_over(sessions: list[Posted]
         return 7
 
     assert carry_out([work()]) == [7]
+
+
+def test_those_under_way_are_told_when_waiting_itself_fails(
+    sessions: list[Posted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their tables do then, nobody will note it."""
+    told: list[str] = []
+
+    def work(name: str, session: Posted) -> Steps:
+        try:
+            yield waiting_for(session)
+        except GeneratorExit:
+            told.append(name)
+            raise
+        return 1
+
+    class Fails:
+        """Stands for select.poll."""
+
+        def register(self, *_: object) -> None:
+            """As poll."""
+
+        def poll(self, _: float) -> None:
+            """As poll."""
+            raise MemoryError
+
+    monkeypatch.setattr(select, "poll", Fails)
+    with pytest.raises(MemoryError):
+        carry_out([work("a", sessions[0]), work("b", sessions[1])])
+    assert told == ["a", "b"]
 
 
 def test_work_of_others_is_done_when_one_fails(sessions: list[Posted]) -> None:

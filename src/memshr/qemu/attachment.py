@@ -110,7 +110,8 @@ def carry_out(works: Iterable[Steps]) -> list[int]:
 
     Whoever has answered goes on at once, whatever the others do: no guest waits for another's agent.
 
-    :raises BaseException: the first that one raises; the others are done, too.
+    :raises BaseException: the first that one raises; the others are done, too. If waiting itself is interrupted, those
+        that are under way are closed (GeneratorExit).
     """
     results: dict[int, int] = {}
     waiting: dict[int, tuple[int, Steps, Session]] = {}
@@ -131,16 +132,22 @@ def carry_out(works: Iterable[Steps]) -> list[int]:
         waiting[session.fileno()] = number, steps, session
         poll.register(session.fileno(), select.POLLIN)
 
-    for number, steps in enumerate(works):
-        go_on(number, steps)
-    while waiting:
-        rest_s = min(session.rest_s for _, _, session in waiting.values())
-        ready = {fileno for fileno, _ in poll.poll(rest_s * 1000)}
-        ready |= {fileno for fileno, (_, _, session) in waiting.items() if not session.rest_s}
-        for fileno in ready:
-            poll.unregister(fileno)
-            number, steps, _ = waiting.pop(fileno)
+    try:
+        for number, steps in enumerate(works):
             go_on(number, steps)
+        while waiting:
+            rest_s = min(session.rest_s for _, _, session in waiting.values())
+            ready = {fileno for fileno, _ in poll.poll(rest_s * 1000)}
+            ready |= {fileno for fileno, (_, _, session) in waiting.items() if not session.rest_s}
+            for fileno in ready:
+                poll.unregister(fileno)
+                number, steps, _ = waiting.pop(fileno)
+                go_on(number, steps)
+    except BaseException:
+        # Tables are under way that nobody will hear of: whoever posted them must know, before anything is let go.
+        for _, steps, _ in waiting.values():
+            steps.close()
+        raise
     if failure is not None:
         raise failure
     return [results[number] for number in sorted(results)]
@@ -638,11 +645,6 @@ class Attachment:
         absent = pages[~pagemap.is_there(self.entries(pages))]
         if len(absent):
             self.read_scattered(absent, np.empty((len(absent), PAGE_SIZE), dtype=np.uint8))
-
-    def await_agent(self) -> None:
-        """Wait until nothing is being remapped any more; before protections are lifted. See Session.await_answer."""
-        with self._asking():
-            self.working_session().await_answer()
 
     def unprotect(self, pages: Pages) -> None:
         """Let writers of these pages go on."""

@@ -8,8 +8,9 @@ may leave a writer waiting or let one go too soon. So everything that remaps pag
    somebody else in the kernel has replaced its entry (docs/nominations.md).
 3. ``map``, ``empty`` or ``make_private``: the agents of all guests concerned work at the same time, and none waits for
    another. What is done is in the books before its writers are woken.
-4. The end of the ``with``, whatever happens: what was not remapped is a nominated page again, or let go; but not before
-   its guest's agent has ended the table that is under way. Ctrl-C waits for this.
+4. The end of the ``with``, whatever happens: what was not remapped is a nominated page again, or let go. A guest whose
+   table is still under way then, because waiting for it failed, has been given up before: the agent protects the pages
+   until the table has ended. Ctrl-C waits for this.
 """
 
 from __future__ import annotations

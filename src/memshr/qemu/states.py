@@ -158,14 +158,13 @@ class PageStates:
     def settle(self, guest: Attachment, ids: Ids) -> None:
         """In flight -> nominated again, or plain where there is no handle: what was not remapped.
 
-        Not before the guest's agent has ended the table that is under way. Never raises for a guest that has ended or
-        was given up: none of its pages is in flight then.
+        No table of the guest may be under way. Never raises for a guest that has ended or was given up: none of its
+        pages is in flight then.
         """
         flying = ids[self._phase[ids] == _IN_FLIGHT]
         if not len(flying):
             return
         try:
-            guest.await_agent()
             with self._locks[guest.domid - 1]:
                 flying = flying[self._phase[flying] == _IN_FLIGHT]
                 again = flying[self._handle[flying] != 0]
