@@ -38,10 +38,15 @@ def test_signals_are_delivered_at_the_end(arrived: list[int]) -> None:
 def test_ctrl_c_comes_after_what_it_must_not_interrupt() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     done: list[str] = []
-    try:
-        with pytest.raises(KeyboardInterrupt), uninterrupted():
+
+    def interrupted() -> None:
+        with uninterrupted():
             signal.raise_signal(signal.SIGINT)
             done.append("all of it")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == ["all of it"]
