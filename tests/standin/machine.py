@@ -274,7 +274,9 @@ class StandInMachine(Host):
         """Wait until all have written."""
         end_s = time.monotonic() + deadline_s
         while not all(writer.done for writer in writers):
-            assert time.monotonic() < end_s, f"writers wait: {[f'{each.address:#x}' for each in writers if not each.done]}"
+            assert time.monotonic() < end_s, (
+                f"writers wait: {[f'{each.address:#x}' for each in writers if not each.done]}"
+            )
             for guest in self.guests:
                 if guest.agent is not None:
                     guest.agent.go_on()

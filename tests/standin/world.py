@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from memshr.errors import MemshrError
 from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.qemu.states import _IN_FLIGHT
 from memshr.testing import GuestModel
 from memshr.types import PAGE_SIZE, DomId, Gfn, Handles, PageArray
 from standin.kernel import Writer
@@ -166,11 +168,27 @@ class World:
         assert not any(area.file for guest in self.machine.guests for area in guest.memory.areas), "still in pools"
 
     def settle_watches(self) -> None:
-        """Wait until the watches have heard everything that was said to them."""
-        for watch in list(self.hypervisor._watches.values()):
-            watch_lock = self.hypervisor._states._locks[watch._guest.domid - 1]
-            with watch_lock:
+        """Wait until the watches have done what they are at: a writer goes on a little before."""
+        for lock in self.hypervisor._states._locks:
+            with lock:
                 pass
+
+    def await_watches(self) -> None:
+        """Wait until everybody who waits does so at a page that is in flight."""
+        end_s = time.monotonic() + 5.0
+        while not all(writer.done or self._is_in_flight(writer.address) for writer in self.writers):
+            assert time.monotonic() < end_s, "a writer waits at a page that is not in flight"
+            for guest in self.machine.guests:
+                guest.memory.settle()
+            time.sleep(0)
+
+    def _is_in_flight(self, address: int) -> bool:
+        # In which guest does not matter: those that write do so at the same addresses.
+        books = self.hypervisor._books
+        ids = np.concatenate(
+            [books.base[guest.domid - 1] + np.flatnonzero(guest.hvas == address & ~0xFFF) for guest in books.guests]
+        )
+        return bool((books.states._phase[ids] == _IN_FLIGHT).any())
 
     def __enter__(self) -> Self:
         return self
@@ -268,4 +286,3 @@ def attempt(act: Callable[[], object]) -> BaseException | None:
 def is_for_the_user(error: BaseException) -> bool:
     """Whether an error is one that memshr may raise of its own."""
     return isinstance(error, MemshrError)
-

@@ -11,7 +11,6 @@ five errnos each call gets two, in turn, to keep this short.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -30,7 +29,20 @@ from memshr.qemu.agent import AgentCallError
 from memshr.qemu.attachment import GuestState
 from memshr.qemu.monitor import MonitorError
 from standin.calls import Call, Failure
-from standin.world import OPERATIONS, World, attempt
+from standin.world import (
+    COPIED,
+    FRESH,
+    ODD,
+    ONE,
+    OPERATIONS,
+    SHARED,
+    SHARED_ZERO,
+    TWO,
+    ZERO,
+    World,
+    attempt,
+    content,
+)
 
 ERRNOS = (errno.ENOMEM, errno.EPERM, errno.EIO, errno.EAGAIN, errno.ESRCH)
 MONITOR = ("layout", "has_direct_drives", "drain", "connect")
@@ -162,4 +174,59 @@ def test_the_law_holds_whatever_call_fails(operation: str, way: str) -> None:
     judge_all(cases)
 
 
-_ = itertools
+# -- guests write meanwhile --------------------------------------------------------------------------------------------
+
+
+PAGES_OF = {
+    "share": FRESH,
+    "share onto a frame": (SHARED[0], ODD),
+    "move a frame's sharers": (SHARED[1], ODD),
+    "release zeros": (ZERO, SHARED_ZERO),
+    "unshare": (0, *SHARED),
+    "unshare, direct drives": (0, *SHARED),
+    "fold back": COPIED,
+}
+"""the pages that an operation is about, if not the first ones"""
+
+
+def writing(world: World, at: Call, page: int) -> None:
+    """Have both guests write a page right before a call, and be let go if they may at that moment."""
+
+    def write(call: Call) -> None:
+        if call != at:
+            return
+        for domid in (ONE, TWO):
+            world.begin_write(domid, page, content(500 + page + domid))
+        if ": in QEMU: " not in call.name:
+            world.await_watches()
+
+    world.machine.calls.before = write
+
+
+def judge_writes(operation: str, at: Call, page: int) -> None:
+    how, prepare = OPERATIONS[operation]
+    with World(**how) as world:
+        act = prepare(world)
+        before = world.nominated()
+        world.machine.calls.begin()
+        writing(world, at, page)
+        raised = attempt(act)
+        made = world.machine.calls.end()
+        assert at in made, "the call was not made again"
+        assert raised is None, repr(raised)
+        if operation == "close":
+            return
+        world.check_all(before, raised)
+        world.check_use()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_guests_may_write_at_any_moment(operation: str) -> None:
+    """Right before each call both guests write a page that the operation is about; each operation meets each page."""
+    pages = (*FRESH, ZERO, ODD, *SHARED, *COPIED, SHARED_ZERO)
+    cases: list[tuple[str, Callable[[], object]]] = []
+    for turn, call in enumerate(recorded(operation)):
+        about = PAGES_OF.get(operation, FRESH)
+        for page in {pages[turn % len(pages)], about[turn % len(about)], about[(turn + 1) % len(about)]}:
+            cases.append((f"write {page} at {call}", lambda call=call, page=page: judge_writes(operation, call, page)))  # type: ignore[misc]
+    judge_all(cases)
