@@ -24,6 +24,7 @@ from memshr.errors import (
     MemshrError,
     PermissionDeniedError,
     RefusedDomainError,
+    Status,
 )
 from memshr.qemu.agent import AgentCallError
 from memshr.qemu.attachment import GuestState
@@ -40,7 +41,9 @@ from standin.world import (
     TWO,
     ZERO,
     World,
+    array,
     attempt,
+    both,
     content,
 )
 
@@ -230,3 +233,70 @@ def test_guests_may_write_at_any_moment(operation: str) -> None:
         for page in {pages[turn % len(pages)], about[turn % len(about)], about[(turn + 1) % len(about)]}:
             cases.append((f"write {page} at {call}", lambda call=call, page=page: judge_writes(operation, call, page)))  # type: ignore[misc]
     judge_all(cases)
+
+
+def judge_writes_and_failure(operation: str, failure: Failure, page: int) -> None:
+    how, prepare = OPERATIONS[operation]
+    with World(**how) as world:
+        act = prepare(world)
+        before = world.nominated()
+        world.machine.calls.begin(failure)
+        writing(world, failure.call, page)
+        raised = attempt(act)
+        world.machine.calls.end()
+        assert world.machine.calls.failed, "the call was not made again"
+        if isinstance(failure.error, InvariantError):
+            assert raised is failure.error, f"it came out as {raised!r}"
+        if operation == "close":
+            return
+        world.check_all(before, raised)
+        world.check_use()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_writers_that_wait_at_a_failure_go_on(operation: str) -> None:
+    """As both above: guests write, and then the call fails in one of its ways."""
+    cases: list[tuple[str, Callable[[], object]]] = []
+    about = PAGES_OF.get(operation, FRESH)
+    for turn, call in enumerate(recorded(operation)):
+        ways = [failure for _, failure in failures_of(call, turn)]
+        if ways:
+            failure, page = ways[turn % len(ways)], about[turn % len(about)]
+            what = f"write {page}, then {call} {failure.when} {failure.error!r}"
+            cases.append((what, lambda failure=failure, page=page: judge_writes_and_failure(operation, failure, page)))  # type: ignore[misc]
+    judge_all(cases)
+
+
+@pytest.mark.parametrize("error", [os_error(errno.EIO), InvariantError("stop"), MemoryError()], ids=repr)
+def test_a_watch_that_fails_lets_its_guest_go(error: BaseException) -> None:
+    with World() as world:
+        world.nominate(both(*FRESH))
+        before = world.nominated()
+        world.machine.calls.begin(Failure(Call("watch: one: session.unprotect", 0), error, "before"))
+        world.begin_write(ONE, FRESH[0], content(1))
+        world.machine.await_writers(world.writers)
+        world.machine.calls.end()
+        assert world.machine.calls.failed
+        assert [guest.state for guest in world.hypervisor._books.guests] == [
+            GuestState.LOST,
+            GuestState.ATTACHED,
+            GuestState.ATTACHED,
+        ]
+        assert "guest one" in "".join(world.hypervisor.trouble)
+        if not isinstance(error, OSError):
+            with pytest.raises(InvariantError, match="write watch"):
+                world.hypervisor.nominate_gfns(both(*FRESH))
+            return
+        world.check_all(before, None)
+        world.check_use()
+
+
+def test_short_reads_are_no_contents() -> None:
+    with World() as world:
+        handles = world.nominate(array(ONE, *FRESH)), world.nominate(array(TWO, *FRESH))
+        before = world.nominated()
+        world.machine.guests[0].reads_short = True
+        statuses = world.hypervisor.share_gfns_many(array(ONE, *FRESH), handles[0], array(TWO, *FRESH), handles[1])
+        assert (statuses == Status.ESRCH).all()
+        world.check_all(before, None)
+        world.check_use()
