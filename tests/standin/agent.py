@@ -241,7 +241,11 @@ class StandInSession(Session):
 
     def _change(self, name: str, runs: list[tuple[int, int]], on: bool) -> None:
         def change(some: list[tuple[int, int]]) -> Callable[[], None]:
-            return lambda: [self._memory.protect(*run, on=on) for run in some] and None
+            def done() -> None:
+                for run in some:
+                    self._memory.protect(*run, on=on)
+
+            return done
 
         first, length = runs[0] if runs else (0, 0)
         page = min(length, 4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from collections import Counter
@@ -54,6 +55,7 @@ def both(*pages: int) -> PageArray:
     return PageArray(np.concatenate([one.domids, two.domids]), np.concatenate([one.gfns, two.gfns]))
 
 
+@functools.cache
 def content(seed: int) -> bytes:
     """A page that is not uniform."""
     return np.random.default_rng(seed).bytes(PAGE_SIZE)

@@ -137,8 +137,8 @@ def test_a_zero_page_that_lost_its_protection_is_not_given_back() -> None:
 
 
 @pytest.mark.parametrize("what", ["fold back", "unshare", "unshare guest"])
-def test_what_loses_its_protection_while_it_is_copied_is_copied_again_or_left(what: str) -> None:
-    """Between the protection of a page and the copying: its copy must not be the older contents."""
+def test_what_is_written_unseen_until_it_is_copied_is_copied(what: str) -> None:
+    """A page loses its protection, and is written, right before the agent copies it."""
     with World() as world:
         guest = world.machine.guests[0]
 
