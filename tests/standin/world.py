@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -193,10 +194,13 @@ class World:
         return bool((books.states._phase[ids] == _IN_FLIGHT).any())
 
     def __enter__(self) -> Self:
+        # Who starts the tests in the background has them ignore Ctrl-C.
+        self._handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.machine.calls.end()
+        signal.signal(signal.SIGINT, self._handler)
         self.hypervisor.close()
         for guest in self.machine.guests:
             if kind is None:

@@ -5,8 +5,9 @@ nominated nothing. No writer waits. Each guest reads what it last wrote. "Stop" 
 out as they went in. No other guest was given up. The same object can be used again, and its audit is clean.
 
 A recording of each operation says which calls there are. Each then fails in the ways that it can fail in. To keep this
-short some ways are taken in turn, the same in each run: of five errnos a call gets one or two; an interrupt comes before
-every other call and after the rest, before and after all of the session's; Python runs out of memory at every third.
+short some ways are taken in turn, the same in each run: of five errnos a call gets one or two; an interrupt comes
+before every other call and after the rest, before and after all of the session's; Python runs out of memory at every
+third.
 """
 
 from __future__ import annotations
