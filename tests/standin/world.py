@@ -132,6 +132,11 @@ class World:
         ids = np.arange(len(books.frame))
         assert (books.states.nominated(ids) | books.states.plain(ids)).all(), "pages are in flight"
 
+    def check_nominations(self) -> None:
+        """What is nominated is protected: at any moment, also in the midst of a call."""
+        for guest, nominated in zip(self.machine.guests, self.nominated().values(), strict=False):
+            assert nominated <= guest.memory.protected_pages(), f"{guest.process.name}: a handle without protection"
+
     def check_contents(self) -> None:
         """Every guest reads what it last wrote."""
         wrong = self.model.wrong_pages(lambda domid, gfn: self.machine.guests[domid - 1].read(gfn))

@@ -185,6 +185,16 @@ def test_the_law_holds_whatever_call_fails(operation: str, way: str) -> None:
 # -- guests write meanwhile --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_nominated_is_protected_at_any_moment(operation: str) -> None:
+    how, prepare = OPERATIONS[operation]
+    with World(**how) as world:
+        act = prepare(world)
+        world.machine.calls.begin()
+        world.machine.calls.before = lambda _: world.check_nominations()
+        act()
+
+
 PAGES_OF = {
     "share": FRESH,
     "share onto a frame": (SHARED[0], ODD),
