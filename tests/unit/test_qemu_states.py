@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import select
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from memshr.errors import InvariantError, Status
+from memshr.qemu import attachment
 from memshr.qemu.attachment import GuestState
 from memshr.qemu.control_area import SLOTS
 from memshr.qemu.hypervisor import QemuHypervisor
@@ -233,6 +236,48 @@ def test_a_silent_agent_holds_nobody_but_its_own_guest(how: str) -> None:
             PageArray(np.concatenate([sources.domids, clients.domids]), np.concatenate([sources.gfns, clients.gfns]))
         )
         world.check_all(world.nominated(), None)
+        world.check_use()
+
+
+class _FailingPoll:
+    """select.poll, whose waiting fails."""
+
+    def register(self, _file: int, _events: int) -> None:
+        pass
+
+    def poll(self, _timeout_ms: float) -> list[tuple[int, int]]:
+        raise MemoryError
+
+
+def test_nobody_goes_on_while_a_table_is_under_way_whoever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for the agents fails, while a table is being carried out that maps frames over protected pages."""
+    with World() as world:
+        sources, clients = array(ONE, *FRESH), array(TWO, *FRESH)
+        handles = world.nominate(sources), world.nominate(clients)
+        before = world.nominated()
+        agent = world.machine.guests[0].agent
+        assert agent is not None
+
+        def hold_back(call: Call) -> None:
+            if call.name == "one: session.post":
+                agent.stuck = True
+            if call.name == "one: session.await_answer":
+                agent.stuck = False
+
+        world.machine.calls.before = hold_back
+        monkeypatch.setattr(attachment, "select", SimpleNamespace(poll=_FailingPoll, POLLIN=select.POLLIN))
+        with pytest.raises(MemoryError) as failed:
+            world.hypervisor.share_gfns_many(sources, handles[0], clients, handles[1])
+        monkeypatch.undo()
+        world.check_pages()
+        del failed
+        for page in FRESH:
+            world.begin_write(ONE, page, content(96 + page))
+        agent.stuck = False
+        agent.go_on()
+        world.machine.await_writers(world.writers)
+        world.check_contents()
+        world.check_all(before, MemoryError())
         world.check_use()
 
 
