@@ -269,12 +269,12 @@ def test_nobody_goes_on_while_a_table_is_under_way_whoever_fails(monkeypatch: py
         with pytest.raises(MemoryError) as failed:
             world.hypervisor.share_gfns_many(sources, handles[0], clients, handles[1])
         monkeypatch.undo()
-        world.check_pages()
-        del failed
         for page in FRESH:
             world.begin_write(ONE, page, content(96 + page))
         agent.stuck = False
         agent.go_on()
+        world.check_pages()
+        del failed
         world.machine.await_writers(world.writers)
         world.check_contents()
         world.check_all(before, MemoryError())
