@@ -15,10 +15,11 @@ from typing import Final, Self
 import numpy as np
 
 from memshr.errors import MemshrError
+from memshr.qemu.books import NOWHERE
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.states import _IN_FLIGHT
 from memshr.testing import GuestModel
-from memshr.types import PAGE_SIZE, DomId, Gfn, Handles, PageArray
+from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, Handles, PageArray
 from standin.kernel import Writer
 from standin.machine import StandInMachine
 
@@ -136,6 +137,17 @@ class World:
         """What is nominated is protected: at any moment, also in the midst of a call."""
         for guest, nominated in zip(self.machine.guests, self.nominated().values(), strict=False):
             assert nominated <= guest.memory.protected_pages(), f"{guest.process.name}: a handle without protection"
+
+    def check_books(self) -> None:
+        """Of each page that is not in flight the books know whether a frame is mapped there: at any moment."""
+        books = self.hypervisor._books
+        for guest, machine in zip(books.guests, self.machine.guests, strict=False):
+            base = int(books.base[guest.domid - 1])
+            for area in machine.memory.areas:
+                pages = guest.ram.pages_of_hvas(np.arange(area.start, area.end, dtype=np.int64) << PAGE_SHIFT)
+                ids = base + pages[pages >= 0]
+                ids = ids[books.states.plain(ids) | books.states.nominated(ids)]
+                assert ((books.frame[ids] != NOWHERE) == (area.file is not None)).all(), f"{area} is not in the books"
 
     def check_contents(self) -> None:
         """Every guest reads what it last wrote."""

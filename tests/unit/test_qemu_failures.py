@@ -186,12 +186,18 @@ def test_the_law_holds_whatever_call_fails(operation: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_what_is_nominated_is_protected_at_any_moment(operation: str) -> None:
+def test_books_and_handles_are_right_at_any_moment(operation: str) -> None:
+    """Right before each call what is nominated is protected, and what is not in flight is in the books."""
+
+    def check(_: Call) -> None:
+        world.check_nominations()
+        world.check_books()
+
     how, prepare = OPERATIONS[operation]
     with World(**how) as world:
         act = prepare(world)
         world.machine.calls.begin()
-        world.machine.calls.before = lambda _: world.check_nominations()
+        world.machine.calls.before = check
         act()
 
 
