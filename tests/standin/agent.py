@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -72,11 +73,12 @@ class AgentThread:
         wire.setblocking(False)  # socket.recv_fds of Python 3.11 passes no flags on
         self._calls = calls
         self._in_table = False
+        self._lock = threading.RLock()
         self.ended = False
 
     def go_on(self) -> None:
-        """Do whatever there is to do."""
-        with self.memory.kernel.lock:
+        """Do whatever there is to do. Between its calls, and between a comparison and its call, others may act."""
+        with self._lock:
             while not (self.ended or self.silent):
                 if self._in_table:
                     if self.stuck or not self._carry_out():
@@ -157,6 +159,10 @@ class AgentThread:
             return False
 
     def _call(self, number: int, arguments: list[int]) -> int:
+        with self.memory.kernel.lock:
+            return self._locked_call(number, arguments)
+
+    def _locked_call(self, number: int, arguments: list[int]) -> int:
         memory = self.memory
         match number, arguments:
             case syscalls.NR_MMAP, [address, length, _, flags, file, offset]:

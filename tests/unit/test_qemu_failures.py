@@ -46,6 +46,7 @@ from standin.world import (
     attempt,
     both,
     content,
+    gfns,
 )
 
 ERRNOS = (errno.ENOMEM, errno.EPERM, errno.EIO, errno.EAGAIN, errno.ESRCH)
@@ -66,6 +67,14 @@ def parts_of(call: Call) -> tuple[str, str]:
     return whom, what
 
 
+def asks_kernel(call: Call) -> bool:
+    """Whether it asks the kernel about one guest, and its failure means that the guest is lost."""
+    whom, what = parts_of(call)
+    if whom == "target":
+        return what not in {*MONITOR, "disconnect", "split_huge_pages"}
+    return whom == "session" and what in {"register", "protect", "unprotect", "wake"}
+
+
 def failures_of(call: Call, turn: int) -> Iterator[tuple[str, Failure]]:
     """Every way in which a call can fail, with a name for it."""
     whom, what = parts_of(call)
@@ -76,10 +85,7 @@ def failures_of(call: Call, turn: int) -> Iterator[tuple[str, Failure]]:
         for number in (errno.ENOMEM, errno.EPERM):
             yield "in QEMU", Failure(call, os_error(number), "before")
         return
-    asks_kernel = (whom == "target" and what not in {"connect", "layout", "drain", "has_direct_drives"}) or (
-        whom == "session" and what in {"register", "protect", "unprotect", "wake"}
-    )
-    if asks_kernel:
+    if asks_kernel(call) or what == "split_huge_pages":
         yield "errno", Failure(call, os_error(ERRNOS[turn % 5]), "before")
         if turn % 2:
             yield "another errno", Failure(call, os_error(ERRNOS[(turn + 2) % 5]), "before")
@@ -155,6 +161,9 @@ def judge(operation: str, failure: Failure) -> None:
             assert not other or guest.state is not GuestState.LOST, f"{guest.process.name} was given up"
             lost = sessions[guest.process.name] is not guest.session and guest.session is None
             assert not (other and lost) or (operation == "detach" and guest.domid == 1)
+        if isinstance(failure.error, OSError) and asks_kernel(failure.call) and how.get("attached", True):
+            states = {guest.process.name: guest.state for guest in world.hypervisor._books.guests}
+            assert states[failure.call.name.partition(":")[0]] is GuestState.LOST
         world.check_all(before, raised)
         world.check_use()
 
@@ -221,8 +230,7 @@ def writing(world: World, at: Call, page: int) -> None:
             return
         for domid in (ONE, TWO):
             world.begin_write(domid, page, content(500 + page + domid))
-        if ": in QEMU: " not in call.name:
-            world.await_watches()
+        world.await_watches()
 
     world.machine.calls.before = write
 
@@ -321,3 +329,43 @@ def test_short_reads_are_no_contents() -> None:
         assert (statuses == Status.ESRCH).all()
         world.check_all(before, None)
         world.check_use()
+
+
+def test_disk_requests_are_waited_for_between_the_protection_and_the_handles() -> None:
+    """A request that began before the protection writes past it."""
+    with World(direct_drives=True) as world:
+        waited = []
+
+        def look(call: Call) -> None:
+            if call.name.endswith("target.drain"):
+                guest = world.machine.guests[len(waited)]
+                assert {guest.hva(gfn) for gfn in gfns(*FRESH)} <= guest.memory.protected_pages()
+                assert not world.nominated()[world.hypervisor.domains()[len(waited)].domid]
+                waited.append(call)
+
+        world.machine.calls.before = look
+        world.nominate(both(*FRESH))
+        assert len(waited) == 2
+        world.machine.calls.begin()
+        world.hypervisor.unshare_gfns(array(ONE, *SHARED))
+        names = [call.name for call in world.machine.calls.end()]
+        first, drain = names.index("one: session.protect"), names.index("one: target.drain")
+        assert first < drain < names.index("one: in QEMU: process_vm_readv")
+
+
+def test_a_page_that_was_nominated_anew_is_not_shared_under_its_old_handle() -> None:
+    with World() as world:
+        handles = world.nominate(array(ONE, *FRESH)), world.nominate(array(TWO, *FRESH))
+        anew: list[int] = []
+
+        def again(call: Call) -> None:
+            if call.name == "pool.add":
+                world.machine.calls.before = lambda _: None
+                world.write(ONE, FRESH[0], content(FRESH[0]))
+                anew.extend(world.nominate(array(ONE, FRESH[0])).tolist())
+
+        world.machine.calls.before = again
+        statuses = world.hypervisor.share_gfns_many(array(ONE, *FRESH), handles[0], array(TWO, *FRESH), handles[1])
+        assert statuses.tolist() == [Status.S_HANDLE_INVALID, 0, 0]
+        assert world.nominate(array(ONE, FRESH[0])).tolist() == anew
+        world.check_contents()

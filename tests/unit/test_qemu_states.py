@@ -239,6 +239,28 @@ def test_a_silent_agent_holds_nobody_but_its_own_guest(how: str) -> None:
         world.check_use()
 
 
+def test_frames_that_a_table_may_yet_map_are_not_given_back() -> None:
+    """The guest of a table that does not end is given up; the table maps its frames afterwards."""
+    with World() as world:
+        sources, clients = array(ONE, *FRESH), array(TWO, *FRESH)
+        handles = world.nominate(sources), world.nominate(clients)
+        session, agent = world.hypervisor._books.guests[0].session, world.machine.guests[0].agent
+        assert session is not None
+        assert agent is not None
+        session.deadline_s = 0.2
+        agent.stuck = True
+        statuses = world.hypervisor.share_gfns_many(sources, handles[0], clients, handles[1])
+        assert (statuses == Status.ESRCH).all()
+        world.hypervisor.punch_unread()
+        agent.stuck = False
+        agent.go_on()
+        world.check_contents()
+        world.check_all(world.nominated(), None)
+        world.hypervisor.control(ONE, True)
+        world.hypervisor.unshare_gfns(both(*FRESH))
+        world.check_use()
+
+
 class _FailingPoll:
     """select.poll, whose waiting fails."""
 
