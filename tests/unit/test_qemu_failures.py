@@ -334,7 +334,7 @@ def test_short_reads_are_no_contents() -> None:
 def test_disk_requests_are_waited_for_between_the_protection_and_the_handles() -> None:
     """A request that began before the protection writes past it."""
     with World(direct_drives=True) as world:
-        waited = []
+        waited: list[Call] = []
 
         def look(call: Call) -> None:
             if call.name.endswith("target.drain"):
@@ -346,6 +346,7 @@ def test_disk_requests_are_waited_for_between_the_protection_and_the_handles() -
         world.machine.calls.before = look
         world.nominate(both(*FRESH))
         assert len(waited) == 2
+        world.machine.calls.end()
         world.machine.calls.begin()
         world.hypervisor.unshare_gfns(array(ONE, *SHARED))
         names = [call.name for call in world.machine.calls.end()]
