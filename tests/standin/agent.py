@@ -58,7 +58,8 @@ class _Blocks(Exception):
 class AgentThread:
     """The thread of one session.
 
-    ``silent``: it does not run, as in a QEMU that is stopped. ``stuck``: it begins a table and does not end it.
+    ``silent``: it does not run, as in a QEMU that is stopped. ``stuck``: it begins a table and does not get
+    beyond its call number ``stuck_after``.
     """
 
     def __init__(self, memory: Memory, control: ControlArea, wire: socket.socket, pid: int, calls: GuestCalls) -> None:
@@ -66,6 +67,7 @@ class AgentThread:
         self.control = control
         self.silent = False
         self.stuck = False
+        self.stuck_after = 0
         self.rows = 0
         """how many calls it has made"""
         self._wire = wire
@@ -81,7 +83,7 @@ class AgentThread:
         with self._lock:
             while not (self.ended or self.silent):
                 if self._in_table:
-                    if self.stuck or not self._carry_out():
+                    if not self._carry_out():
                         return
                     continue
                 try:
@@ -118,6 +120,8 @@ class AgentThread:
         words: NDArray[np.uint64] = np.frombuffer(self.control.memory, np.uint64, count * 8, TABLE).reshape(-1, 8)
         (done,) = self.control.get(DONE_AT, "<I")
         while done < count:
+            if self.stuck and done >= self.stuck_after:
+                return False
             number, *arguments, wanted = words[done].tolist()
             try:
                 got = self._entry(number, arguments)

@@ -239,7 +239,8 @@ def test_a_silent_agent_holds_nobody_but_its_own_guest(how: str) -> None:
         world.check_use()
 
 
-def test_frames_that_a_table_may_yet_map_are_not_given_back() -> None:
+@pytest.mark.parametrize("calls", [0, 1])
+def test_frames_that_a_table_may_yet_map_are_not_given_back(calls: int) -> None:
     """The guest of a table that does not end is given up; the table maps its frames afterwards."""
     with World() as world:
         sources, clients = array(ONE, *FRESH), array(TWO, *FRESH)
@@ -248,7 +249,7 @@ def test_frames_that_a_table_may_yet_map_are_not_given_back() -> None:
         assert session is not None
         assert agent is not None
         session.deadline_s = 0.2
-        agent.stuck = True
+        agent.stuck, agent.stuck_after = True, calls
         statuses = world.hypervisor.share_gfns_many(sources, handles[0], clients, handles[1])
         assert (statuses == Status.ESRCH).all()
         world.hypervisor.punch_unread()
@@ -344,5 +345,5 @@ def test_guests_that_were_shared_one_by_one_are_shared_together(count: int) -> N
             assert together.audit().clean
             figures = [pool.used_frames for pool in together.pool_figures()]
             assert sum(figures) == 1
-        assert 0 < max(used) < 40
+        assert max(used) < 8
         assert all(guest.read(gfn) == content(5) for guest in machine.guests for gfn in shared)
