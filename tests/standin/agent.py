@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -57,7 +58,8 @@ class _Blocks(Exception):
 class AgentThread:
     """The thread of one session.
 
-    ``silent``: it does not run, as in a QEMU that is stopped. ``stuck``: it begins a table and does not end it.
+    ``silent``: it does not run, as in a QEMU that is stopped. ``stuck``: it begins a table and does not get
+    beyond its call number ``stuck_after``.
     """
 
     def __init__(self, memory: Memory, control: ControlArea, wire: socket.socket, pid: int, calls: GuestCalls) -> None:
@@ -65,6 +67,7 @@ class AgentThread:
         self.control = control
         self.silent = False
         self.stuck = False
+        self.stuck_after = 0
         self.rows = 0
         """how many calls it has made"""
         self._wire = wire
@@ -72,14 +75,15 @@ class AgentThread:
         wire.setblocking(False)  # socket.recv_fds of Python 3.11 passes no flags on
         self._calls = calls
         self._in_table = False
+        self._lock = threading.RLock()
         self.ended = False
 
     def go_on(self) -> None:
-        """Do whatever there is to do."""
-        with self.memory.kernel.lock:
+        """Do whatever there is to do. Between its calls, and between a comparison and its call, others may act."""
+        with self._lock:
             while not (self.ended or self.silent):
                 if self._in_table:
-                    if self.stuck or not self._carry_out():
+                    if not self._carry_out():
                         return
                     continue
                 try:
@@ -116,6 +120,8 @@ class AgentThread:
         words: NDArray[np.uint64] = np.frombuffer(self.control.memory, np.uint64, count * 8, TABLE).reshape(-1, 8)
         (done,) = self.control.get(DONE_AT, "<I")
         while done < count:
+            if self.stuck and done >= self.stuck_after:
+                return False
             number, *arguments, wanted = words[done].tolist()
             try:
                 got = self._entry(number, arguments)
@@ -157,6 +163,10 @@ class AgentThread:
             return False
 
     def _call(self, number: int, arguments: list[int]) -> int:
+        with self.memory.kernel.lock:
+            return self._locked_call(number, arguments)
+
+    def _locked_call(self, number: int, arguments: list[int]) -> int:
         memory = self.memory
         match number, arguments:
             case syscalls.NR_MMAP, [address, length, _, flags, file, offset]:
@@ -241,7 +251,11 @@ class StandInSession(Session):
 
     def _change(self, name: str, runs: list[tuple[int, int]], on: bool) -> None:
         def change(some: list[tuple[int, int]]) -> Callable[[], None]:
-            return lambda: [self._memory.protect(*run, on=on) for run in some] and None
+            def done() -> None:
+                for run in some:
+                    self._memory.protect(*run, on=on)
+
+            return done
 
         first, length = runs[0] if runs else (0, 0)
         page = min(length, 4096)

@@ -115,6 +115,9 @@ class StandInTarget(Target):
     def has_ended(self) -> bool:
         return self._guest.has_ended
 
+    def is_itself(self) -> bool:
+        return self._calls("target.is_itself", lambda: not self._guest.has_ended)
+
     def close(self) -> None:
         pass
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +15,11 @@ from typing import Final, Self
 import numpy as np
 
 from memshr.errors import MemshrError
+from memshr.qemu.books import NOWHERE
 from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.qemu.states import _IN_FLIGHT
 from memshr.testing import GuestModel
-from memshr.types import PAGE_SIZE, DomId, Gfn, Handles, PageArray
+from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, Handles, PageArray
 from standin.kernel import Writer
 from standin.machine import StandInMachine
 
@@ -52,6 +57,7 @@ def both(*pages: int) -> PageArray:
     return PageArray(np.concatenate([one.domids, two.domids]), np.concatenate([one.gfns, two.gfns]))
 
 
+@functools.cache
 def content(seed: int) -> bytes:
     """A page that is not uniform."""
     return np.random.default_rng(seed).bytes(PAGE_SIZE)
@@ -127,6 +133,22 @@ class World:
         ids = np.arange(len(books.frame))
         assert (books.states.nominated(ids) | books.states.plain(ids)).all(), "pages are in flight"
 
+    def check_nominations(self) -> None:
+        """What is nominated is protected: at any moment, also in the midst of a call."""
+        for guest, nominated in zip(self.machine.guests, self.nominated().values(), strict=False):
+            assert nominated <= guest.memory.protected_pages(), f"{guest.process.name}: a handle without protection"
+
+    def check_books(self) -> None:
+        """Of each page that is not in flight the books know whether a frame is mapped there: at any moment."""
+        books = self.hypervisor._books
+        for guest, machine in zip(books.guests, self.machine.guests, strict=False):
+            base = int(books.base[guest.domid - 1])
+            for area in machine.memory.areas:
+                pages = guest.ram.pages_of_hvas(np.arange(area.start, area.end, dtype=np.int64) << PAGE_SHIFT)
+                ids = base + pages[pages >= 0]
+                ids = ids[books.states.plain(ids) | books.states.nominated(ids)]
+                assert ((books.frame[ids] != NOWHERE) == (area.file is not None)).all(), f"{area} is not in the books"
+
     def check_contents(self) -> None:
         """Every guest reads what it last wrote."""
         wrong = self.model.wrong_pages(lambda domid, gfn: self.machine.guests[domid - 1].read(gfn))
@@ -166,17 +188,36 @@ class World:
         assert not any(area.file for guest in self.machine.guests for area in guest.memory.areas), "still in pools"
 
     def settle_watches(self) -> None:
-        """Wait until the watches have heard everything that was said to them."""
-        for watch in list(self.hypervisor._watches.values()):
-            watch_lock = self.hypervisor._states._locks[watch._guest.domid - 1]
-            with watch_lock:
+        """Wait until the watches have done what they are at: a writer goes on a little before."""
+        for lock in self.hypervisor._states._locks:
+            with lock:
                 pass
 
+    def await_watches(self) -> None:
+        """Wait until everybody who waits does so at a page that is in flight."""
+        end_s = time.monotonic() + 5.0
+        while not all(writer.done or self._is_in_flight(writer.address) for writer in self.writers):
+            assert time.monotonic() < end_s, "a writer waits at a page that is not in flight"
+            for guest in self.machine.guests:
+                guest.memory.settle()
+            time.sleep(0)
+
+    def _is_in_flight(self, address: int) -> bool:
+        # In which guest does not matter: those that write do so at the same addresses.
+        books = self.hypervisor._books
+        ids = np.concatenate(
+            [books.base[guest.domid - 1] + np.flatnonzero(guest.hvas == address & ~0xFFF) for guest in books.guests]
+        )
+        return bool((books.states._phase[ids] == _IN_FLIGHT).any())
+
     def __enter__(self) -> Self:
+        # Who starts the tests in the background has them ignore Ctrl-C.
+        self._handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.machine.calls.end()
+        signal.signal(signal.SIGINT, self._handler)
         self.hypervisor.close()
         for guest in self.machine.guests:
             if kind is None:

@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import (
+    BackendError,
     ConnectionLostError,
     DomainError,
     HostMemoryError,
     InvariantError,
-    MemshrError,
     NoSuchDomainError,
     RefusedDomainError,
     SharingDisabledError,
@@ -148,7 +148,7 @@ class QemuHypervisor:
         watch = self._watches.pop(guest.domid, None)
         if watch is not None:
             watch.end()
-            if watch.failure is not None and not isinstance(watch.failure, (OSError, MemshrError)):
+            if watch.failure is not None and not isinstance(watch.failure, (OSError, DomainError, BackendError)):
                 self._defect = watch.failure
         self._books.forget(guest)
 
