@@ -229,9 +229,10 @@ def process_mappings(pid: int, *, of: str = "", last: Mappings | None = None) ->
     :param of: leave out, unread, whatever does not have this text in its line.
     :param last: what this said before: returned once more, the same object, if nothing has changed since. Reading is
         then all that it costs, a third.
-    :raises OSError: it has ended (or is a kernel thread: then there is nothing), or we may not look.
+    :raises OSError: it has ended (or is a kernel thread: then there is nothing), or we may not look. EFBIG: it has so
+        many mappings with long names that looking at them would cost more than they are worth.
     """
-    maps = Path(f"/proc/{pid}/maps").read_bytes()
+    maps = _read_maps(pid)
     if of:
         maps = b"".join(line for line in re.findall(b".*\n", maps) if os.fsencode(of) in line)
     return last if last is not None and last.maps == maps else Mappings(maps)
@@ -242,7 +243,26 @@ def count_mappings(pid: int) -> int:
 
     :raises OSError: it has ended, or we may not look.
     """
-    return Path(f"/proc/{pid}/maps").read_bytes().count(b"\n")
+    return _read_maps(pid).count(b"\n")
+
+
+_MOST_MAPS_BYTES = 16 << 20
+_MOST_LINE_BYTES = 256
+
+
+def _read_maps(pid: int) -> bytes:
+    # A stranger chooses the names of what it maps, up to 4 KiB each, and the kernel needs long to write them. A guest
+    # that shares has many lines, and short ones.
+    chunks: list[bytes] = []
+    length = lines = 0
+    with Path(f"/proc/{pid}/maps").open("rb", buffering=0) as file:
+        while chunk := file.read(1 << 16):
+            chunks.append(chunk)
+            length += len(chunk)
+            lines += chunk.count(b"\n")
+            if length > _MOST_MAPS_BYTES and length > lines * _MOST_LINE_BYTES:
+                raise OSError(errno.EFBIG, "it has mapped very many files with very long names")
+    return b"".join(chunks)
 
 
 def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -118,6 +118,9 @@ class Session:
         self._due_s = 0.0
         self._posted = 0
         self._priority: tuple[int, int] | None = None
+        self._pid_inside = 0
+        self._slots: list[int] = []
+        """what we have written into the area's slots: what a QEMU has made of them since is not read again"""
         words: NDArray[np.uint64] = np.frombuffer(control.memory, np.uint64, TABLE_ENTRIES * 8, TABLE)
         self._table = words.reshape(TABLE_ENTRIES, 8)
         self.local_pieces, self.remote_pieces = (
@@ -158,7 +161,8 @@ class Session:
         try:
             number = descriptor_number(pid, pidfd, theirs.fileno())
             control.put(EXPECTED_SOCKET_AT, "<2Q", status.st_dev, status.st_ino)
-            control.put(PID_AT, "<i", pid_inside(pid))
+            self._pid_inside = pid_inside(pid)
+            control.put(PID_AT, "<i", self._pid_inside)
             control.put(STATE_AT, "<I", _IDLE)
             control.put(OFFER_AT, "<i", number)
             syscalls.futex_wake(control.word_address(OFFER_AT))
@@ -172,6 +176,9 @@ class Session:
                 raise ConnectionLostError(
                     f"the agent in guest {name} ({pid}) does not answer", remedy="is QEMU stopped or frozen?"
                 )
+            self._slots = control.slots
+            if self._slots[0] < 0 or any(number != -1 for number in self._slots[1:]):
+                raise ConnectionLostError(f"the agent in guest {name} ({pid}) does not say what it holds")
         finally:
             monitor.take_back()
 
@@ -340,7 +347,7 @@ class Session:
     @property
     def pid_inside(self) -> int:
         """QEMU's own idea of its pid."""
-        return self.control.get(PID_AT, "<i")[0]
+        return self._pid_inside
 
     @property
     def pieces_addresses(self) -> tuple[int, int]:
@@ -387,7 +394,7 @@ class Session:
 
         :raises AgentCallError: QEMU has too many open.
         """
-        data, sock = self.control.data_address, self.control.slots[0]
+        data, sock = self.control.data_address, self._slots[0]
         header = data + MESSAGE_AT
         # struct msghdr: no name; one iovec; the control message; then the iovec: one byte.
         self.control.put(MESSAGE_AT, "<9Q", 0, 0, header + 0x40, 1, data + RECEIVED_AT - 16, 24, 0, 0, header + 0x58)
@@ -407,16 +414,18 @@ class Session:
 
     def drop(self, number: int) -> None:
         """Have the agent close a descriptor that ``give`` gave it."""
-        slots = self.control.slots
-        if number in slots:
-            self.control.set_slot(slots.index(number), -1)
+        if number in self._slots[1:]:
+            self._set_slot(self._slots.index(number, 1), -1)
             self.call(syscalls.NR_CLOSE, number)
 
     def _keep(self, number: int) -> None:
-        slots = self.control.slots
-        if -1 not in slots:
+        if -1 not in self._slots:
             raise InvariantError("the agent has a thousand descriptors")
-        self.control.set_slot(slots.index(-1), number)
+        self._set_slot(self._slots.index(-1), number)
+
+    def _set_slot(self, index: int, number: int) -> None:
+        self._slots[index] = number
+        self.control.set_slot(index, number)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -425,7 +434,7 @@ class Session:
 
         :raises ConnectionLostError: it has not ended; QEMU does not run.
         """
-        slots = [slot for slot in self.control.slots if slot >= 0]
+        slots = [slot for slot in self._slots if slot >= 0]
         calls = [*((syscalls.NR_CLOSE, slot) for slot in slots), (syscalls.NR_EXIT, 0)]
         self.post(entries(calls, results=[0] * len(calls)))
         # Not the end of our stream: whoever else has the socket open would hide it.

@@ -80,6 +80,8 @@ changes guest memory, or a QEMU that cheats."""
 _UNMERGE_BYTES: Final = 64 << 20
 """Memory that is taken from KSM in one call, which keeps QEMU's other threads from faulting meanwhile."""
 _MPOL_F_ADDR: Final = 2
+_MOST_POLICIES: Final = 1 << 16
+"""modes of NUMA policies with their mode flags are below that (linux/mempolicy.h)"""
 _MERGEABLE: Final = tables.bits_of(frozenset({"mg"}))
 
 
@@ -490,8 +492,13 @@ class Attachment:
         self._kept = []
         for ram in self.ram.layout:
             at = known[ram.hva, ram.end_hva]
-            self._kept.append(Kept(notes[at].flags, notes[at].policy, session.nodes_address(at)))
-        self._policies = [(notes[at].policy, notes[at].nodes) for at in map(known.__getitem__, self._ranges())]
+            # A QEMU may have written into the notes: they are about nobody but itself, but they must be possible.
+            policy = notes[at].policy if 0 <= notes[at].policy < _MOST_POLICIES else 0
+            flags = notes[at].flags & tables.bits_of(frozenset(tables.FLAGS))
+            self._kept.append(Kept(flags, policy, session.nodes_address(at)))
+        self._policies = [
+            (kept.policy, notes[known[where]].nodes) for kept, where in zip(self._kept, self._ranges(), strict=True)
+        ]
 
     def _ranges(self) -> list[tuple[int, int]]:
         return [(ram.hva, ram.end_hva) for ram in self.ram.layout]
