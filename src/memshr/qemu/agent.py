@@ -444,6 +444,12 @@ class Session:
             os.close(uffd)
         self._wire.close()
 
+    def __del__(self) -> None:
+        # An interrupt may come between the making of a session and the note of whose it is. Its userfaultfd must not
+        # stay open: nobody could attach to the guest again.
+        if self.control.file >= 0:
+            self.close()
+
     def abandon(self) -> None:
         """Let everybody who waits go on, from whatever thread: the agent sees the end of the stream."""
         with contextlib.suppress(OSError):

@@ -129,14 +129,20 @@ def carry_out(works: Iterable[Steps]) -> list[int]:
 
     for number, steps in enumerate(works):
         go_on(number, steps)
-    while waiting:
-        rest_s = min(session.rest_s for _, _, session in waiting.values())
-        ready = {fileno for fileno, _ in poll.poll(rest_s * 1000)}
-        ready |= {fileno for fileno, (_, _, session) in waiting.items() if not session.rest_s}
-        for fileno in ready:
-            poll.unregister(fileno)
-            number, steps, _ = waiting.pop(fileno)
-            go_on(number, steps)
+    try:
+        while waiting:
+            rest_s = min(session.rest_s for _, _, session in waiting.values())
+            ready = {fileno for fileno, _ in poll.poll(rest_s * 1000)}
+            ready |= {fileno for fileno, (_, _, session) in waiting.items() if not session.rest_s}
+            for fileno in ready:
+                poll.unregister(fileno)
+                number, steps, _ = waiting.pop(fileno)
+                go_on(number, steps)
+    except BaseException:
+        # Each hears of it now: what its agent does meanwhile nobody will note.
+        for _, steps, _ in waiting.values():
+            steps.close()
+        raise
     if failure is not None:
         raise failure
     return [results[number] for number in sorted(results)]
@@ -562,11 +568,14 @@ class Attachment:
     def detach(self, injector: Injector) -> None:
         """Take the agent out of QEMU: thread, mappings, descriptors. No page may be on a frame any more."""
         session = self.working_session()
-        with self._asking():
-            self._give_to_ksm(session)
-            session.originals = []
-            self.target.disconnect(session, injector)
-        self._give_up(GuestState.LOOKING)
+        try:
+            with self._asking():
+                self._give_to_ksm(session)
+                session.originals = []
+                self.target.disconnect(session, injector)
+        finally:
+            # Also if it fails: the agent may have ended by then, and nothing can be asked of it any more.
+            self.drop_session()
 
     def drop_session(self) -> None:
         """End the session: all protection ends. The agent stays, asleep."""

@@ -42,6 +42,7 @@ from memshr.qemu.books import NOWHERE, POOL_SHIFT, GuestBooks, GuestFigures, Poo
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.host import Host, Lock
 from memshr.qemu.injection import Injector
+from memshr.qemu.interrupts import uninterrupted
 from memshr.qemu.monitor import MonitorError
 from memshr.qemu.protection import WriteWatch
 from memshr.qemu.remapping import Remapping
@@ -101,6 +102,7 @@ class QemuHypervisor:
         self._reserve_bytes = reserve_bytes
         self._locks: dict[int, Lock] = {}
         self._watches: dict[int, WriteWatch] = {}
+        self._watch_failure: BaseException | None = None
         self._injector = Injector()
         self._enabled = [False] * len(processes)
         self._chosen_pool: dict[str, int] = {}
@@ -143,6 +145,8 @@ class QemuHypervisor:
         # Whoever it was that gave the session up, maybe the watch itself.
         watch = self._watches.pop(guest.domid, None)
         if watch is not None:
+            if watch.failure is not None and not isinstance(watch.failure, OSError):
+                self._watch_failure = watch.failure
             watch.end()
         self._books.forget(guest)
 
@@ -261,7 +265,8 @@ class QemuHypervisor:
     def _attach(self, guest: Attachment) -> None:
         fresh = guest.domid not in self._locks
         if fresh:
-            self._locks[guest.domid] = self._host.lock(guest.process)
+            with uninterrupted():  # a lock that nobody knows of would be held for good
+                self._locks[guest.domid] = self._host.lock(guest.process)
         try:
             available = max(0, self._host.available_bytes() - self._reserve_bytes)
             mappings = guest.attach(self._injector, available, self._watch)
@@ -924,9 +929,9 @@ class QemuHypervisor:
         return self._books.audit()
 
     def _check_watches(self) -> None:
-        for watch in self._watches.values():
-            if watch.failure is not None:
-                raise InvariantError("a write watch has failed") from watch.failure
+        # Its guest was given up, so nobody waits; but nothing that follows can be trusted.
+        if self._watch_failure is not None:
+            raise InvariantError("a write watch has failed") from self._watch_failure
 
     # -- what Linux has not ----------------------------------------------------------------------------------------
 
