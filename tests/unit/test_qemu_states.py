@@ -338,6 +338,11 @@ def test_guests_that_were_shared_one_by_one_are_shared_together(count: int) -> N
         with machine.hypervisor() as together:
             assert len({sample.group for sample in together.pool_figures()}) == 1
             assert len(together.pool_figures()) == count
+            for number in range(1, count + 1):  # each of them as the source once
+                client = number % count + 1
+                machine.guests[client - 1].write(gfns(3)[0], content(5))
+                share_all(together, [number, number, client], [*map(int, shared), int(gfns(3)[0])])
+            together.unshare_gfns(PageArray(np.arange(1, count + 1, dtype=np.uint16), np.array(gfns(3) * count)))
             for _ in range(2):
                 everybody = [domid for domid in range(1, count + 1) for _ in shared]
                 share_all(together, everybody, [int(gfn) for gfn in shared] * count)

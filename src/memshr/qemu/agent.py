@@ -118,8 +118,8 @@ class Session:
         self._due_s = 0.0
         self._posted = 0
         self._priority: tuple[int, int] | None = None
-        self._pid_inside = 0
-        self._slots: list[int] = []
+        (self._pid_inside,) = control.get(PID_AT, "<i")
+        self._slots = control.slots
         """what we have written into the area's slots: what a QEMU has made of them since is not read again"""
         words: NDArray[np.uint64] = np.frombuffer(control.memory, np.uint64, TABLE_ENTRIES * 8, TABLE)
         self._table = words.reshape(TABLE_ENTRIES, 8)

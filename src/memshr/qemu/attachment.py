@@ -681,7 +681,9 @@ class Attachment:
             holds; what stays 0 was not reached, as the host had no more memory or mappings.
         :returns: how many of the pages were mapped.
         """
-        number = self._pool_numbers[pool.file]
+        number = self._pool_numbers.get(pool.file)
+        if number is None:
+            raise InvariantError(f"guest {self.process.name} has not been given the pool of {pool.group}")
         waiting = [slice(0, len(pages))]
         differences = 0
         while waiting:

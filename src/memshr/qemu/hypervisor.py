@@ -689,16 +689,18 @@ class QemuHypervisor:
         # Before anything is in flight, and first for all: which pool new frames go to is decided once. Everybody
         # of a group may come to be moved, as a page on a frame of somebody named.
         groups = {self._books.groups[guest.domid - 1] for guest in guests}
-        frames = self._books.frame[sources]
-        of_sources = set(np.unique(frames[frames != NOWHERE] >> POOL_SHIFT).tolist())
+        for group in groups:
+            self._choose_pool(group, "")
+        # Not before: choosing attaches to guests that read one of the pools.
         members = [
             guest
             for guest in self._books.guests
             if guest.session is not None and self._books.groups[guest.domid - 1] in groups
         ]
         for guest in members:
-            for owner in {"", self._owner_of(guest)}:
-                self._choose_pool(self._books.groups[guest.domid - 1], owner)
+            self._choose_pool(self._books.groups[guest.domid - 1], self._owner_of(guest))
+        frames = self._books.frame[sources]
+        of_sources = set(np.unique(frames[frames != NOWHERE] >> POOL_SHIFT).tolist())
         for guest in members:
             group = self._books.groups[guest.domid - 1]
             needed = of_sources | {self._chosen_pool[group, owner] for owner in ("", self._owner_of(guest))}
