@@ -311,14 +311,22 @@ def _guest_subjects(
 
 
 def _reachable(processes: Sequence[GuestProcess], notice: Callable[[str], None]) -> list[GuestProcess]:
-    # Those whose monitor answers; if that is none, the first one's error is the answer.
+    # Those whose monitor answers, and says where their memory is; if that is none, the first error is the answer.
+    from memshr.qemu.guests import memory_layout, unreadable  # noqa: PLC0415  # as above
+
     reachable, errors = [], []
     for process in processes:
         try:
-            process.monitor().close()
+            with process.monitor() as monitor:
+                memory_layout(monitor, process.mappings())
             reachable.append(process)
         except BackendError as error:
             errors.append(error)
+        except OSError as error:
+            refusal = unreadable(error)
+            errors.append(
+                BackendError(f"guest {process.name} ({process.pid}): {refusal.reason}", remedy=refusal.remedy)
+            )
     if errors and not reachable:
         raise errors[0]
     for each in errors:

@@ -449,3 +449,26 @@ def test_frames_of_a_guest_that_was_given_up_are_kept(host: QtestHost) -> None:
     host.hypervisor.punch_unread()
     assert host.read(SECOND, Gfn(FIRST_GFN + 2)) == page(1), "it reads its frames as before"
     assert host.hypervisor.audit().clean
+
+
+def test_guest_that_is_attached_only_because_it_reads_a_frame_gets_the_pool_too(qemu: Path) -> None:
+    """Two frames become one. A third guest is on one of them, and nobody has named it."""
+    with booted(qemu, "first", "second", "third", memory_mib=16) as guests:
+        for guest in guests:
+            guest.write(FIRST_GFN * PAGE_SIZE, page(1) * 2)
+        third = DomId(3)
+        with QtestHost(guests) as host:
+            for domid in (SECOND, third):
+                assert not any(share(host, pages_of(FIRST, count=1), pages_of(domid, count=1)))
+            assert not any(share(host, pages_of(FIRST, FIRST_GFN + 1, 1), pages_of(SECOND, FIRST_GFN + 1, 1)))
+        with QemuHypervisor([process_of(guest) for guest in guests], groups={"all": (1, 2, 3)}) as later:
+            source, client = pages_of(FIRST, FIRST_GFN + 1, 1), pages_of(SECOND, count=1)
+            handles = [later.nominate_gfns(each)[0] for each in (source, client)]
+            assert later._books.guests[2].session is None
+            assert later.share_gfns_many(source, handles[0], client, handles[1]).tolist() == [0]
+            assert later.debug_gfn(third, Gfn(FIRST_GFN)) == 5
+            assert later.audit().clean
+            for domid in (FIRST, SECOND, third):
+                later.detach(domid)
+        for guest in guests:
+            assert guest.read(FIRST_GFN * PAGE_SIZE, 2 * PAGE_SIZE) == page(1) * 2

@@ -207,7 +207,8 @@ class Attachment:
         try:
             if self.target.has_ended():
                 self._end()
-            self.ram = GuestRam(self.target.layout())
+            with self._asking():
+                self.ram = GuestRam(self.target.layout())
         except BaseException:
             self.target.close()
             raise

@@ -546,7 +546,9 @@ def unreadable(error: OSError) -> Refusal:
     """The reason that lies in a look into the process that failed."""
     if error.errno in {errno.ENOENT, errno.ESRCH}:
         return Refusal("it has exited", "start it again")
-    return Refusal("this user may not look into the process", "run as root (capability SYS_PTRACE)")
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return Refusal("this user may not look into the process", "run as root (capability SYS_PTRACE)")
+    return Refusal(f"it cannot be looked into: {error.strerror or error}", "leave it out")
 
 
 def _process_refusals(guest: GuestProcess) -> list[Refusal]:
