@@ -458,7 +458,7 @@ class Attachment:
                 watching(self, self.session)
                 self.target.forget_mappings()
                 mappings = self.target.mappings()
-                self._clear_side(self.session, mappings)
+                self._clear_side(mappings)
                 self._keep_originals(self.session)
                 self._take_from_ksm(self.session, available_bytes)
                 self.register()
@@ -760,7 +760,7 @@ class Attachment:
             done += finished
             if finished < len(batch):
                 with self._asking():
-                    self._clear_side(session, self.target.mappings())
+                    self._clear_side(self.target.mappings())
                 break
         return done
 
@@ -798,7 +798,7 @@ class Attachment:
         if done < len(moves.table):
             failure = session.failure(done, "copying pages back")
             with self._asking():
-                self._clear_side(session, self.target.mappings())
+                self._clear_side(self.target.mappings())
             if not moved:
                 raise HostMemoryError(
                     f"no memory to give pages of guest {self.process.name} their own copy: {failure}",
@@ -807,10 +807,10 @@ class Attachment:
                 ) from failure
         return moved
 
-    @staticmethod
-    def _clear_side(session: Session, mappings: Mappings) -> None:
+    def _clear_side(self, mappings: Mappings) -> None:
         # Whatever a memshr that died, or a table that stopped, has left where pages are built. Nothing of QEMU's is
         # there: the addresses are ours from the moment on that the agent was put in.
+        session = self.working_session()
         side = session.side_address
         inside = (side <= mappings.start) & (mappings.start < side + control_area.SIDE_BYTES)
         left = [
