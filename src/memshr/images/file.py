@@ -35,6 +35,10 @@ ZEROS = -1
 _WRITE_AGAIN = "write or copy the image again"
 _HEAD_BYTES = 64
 
+_SPARED_PART = 20
+_SPARED_BYTES = 256 << 20
+"""Of a file system, unpacked pages leave at least one part in so many free, or so much, whichever is less."""
+
 
 class Contents:
     """An open file in which the pages of an image lie: what a run's offset counts in."""
@@ -261,7 +265,7 @@ class Unpacked(Contents):
     """A temporary file without a name, into which a format writes pages that it has unpacked.
 
     Zero pages become holes of it. Pages may be added in any order, by several threads. It lies in TMPDIR and is gone
-    when the image is closed, or with the process.
+    when the image is closed, or with the process. It does not fill TMPDIR to the brim: others need room there, too.
 
     :param source: the image; errors name it.
     :raises BackendError: no temporary file can be made.
@@ -293,6 +297,7 @@ class Unpacked(Contents):
         place = np.flatnonzero(np.asarray(pages.view(np.uint64).any(axis=1))[rows])
         if not len(place):
             return
+        self._require_room(len(place) * PAGE_SIZE)
         row = rows[place]
         first = np.flatnonzero(np.append(True, (np.diff(place) != 1) | (np.diff(row) != 1)))
         try:
@@ -302,6 +307,17 @@ class Unpacked(Contents):
                 self._write(pages[begin : begin + count], start + at * PAGE_SIZE)
         except OSError as error:
             raise self._no_room(error) from error
+
+    def _require_room(self, wanted_bytes: int) -> None:
+        try:
+            system = os.fstatvfs(self.fileno())
+        except OSError:  # it cannot tell; then writing does
+            return
+        if not system.f_blocks:  # without a limit: tmpfs(5), size=0
+            return
+        free_bytes, all_bytes = system.f_bavail * system.f_frsize, system.f_blocks * system.f_frsize
+        if free_bytes - wanted_bytes < min(all_bytes // _SPARED_PART, _SPARED_BYTES):
+            raise self._no_room(OSError(errno.ENOSPC, f"{free_bytes >> 20:,} MiB are left"))
 
     def _write(self, pages: PageBytes, offset: int) -> None:
         view = pages.data.cast("B")
