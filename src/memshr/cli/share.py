@@ -62,7 +62,9 @@ def share(
         with open_xen() as xen:
             report = run_session(xen, groups, options, domids=select_domains(xen, sources))
     else:
-        with open_images(sources, format=image_format) as hypervisor:
+        from memshr.cli.rights import given_up  # noqa: PLC0415  # knows every image format
+
+        with given_up(images=sources), open_images(sources, format=image_format) as hypervisor:
             report = run_session(hypervisor, groups, options)
     if as_json:
         print_json(report.to_dict())

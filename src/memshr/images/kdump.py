@@ -288,8 +288,8 @@ def _pages(dump: PiecedFile, table_offset: int, count: int) -> _Pages:
                 offset=table_offset + number * _DESCRIPTOR.itemsize,
                 remedy=_WRITE_AGAIN,
             )
-    named_bytes = table["size"].astype(np.int64)[pages.view(np.uint64).any(axis=1)[inverse]]
-    return pages, inverse, int(named_bytes.sum())
+    not_zero = np.asarray(pages.view(np.uint64).any(axis=1))[inverse]
+    return pages, inverse, int(table["size"][not_zero].sum(dtype=np.int64))
 
 
 def _packed(dump: PiecedFile, table: NDArray[Any]) -> Iterator[memoryview]:
