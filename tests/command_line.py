@@ -32,7 +32,7 @@ class CommandLine:
         self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         self._capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            main()
+            main(keep_rights=True)
         captured = self._capsys.readouterr()
         code = exit_.value.code
         assert isinstance(code, int)

@@ -42,6 +42,9 @@ def packed(page: bytes, way: str) -> Packed:
     return Packed(data, flags) if len(data) < PAGE else Packed(page, 0)
 
 
+_PACKED_ZEROS = frozenset(packed(bytes(PAGE), way).data for way in PACKERS)
+
+
 @dataclass(frozen=True, slots=True)
 class KdumpHeader:
     """The fields of the headers that a test may want to be wrong. What is None follows from the pages."""
@@ -63,10 +66,12 @@ def kdump(
     *,
     left_out: Sequence[int] = (),
     order: Sequence[int] | None = None,
+    equal_once: bool = False,
 ) -> bytes:
-    """A dump with a page for each gfn; equal bytes are there once.
+    """A dump with a page for each gfn; pages of zeros are there once, as makedumpfile and QEMU have them.
 
     :param left_out: gfns that the machine has and the dump has not.
+    :param equal_once: any packed pages that are equal are there once, which no honest writer does.
     :param order: the gfns in the order in which their bytes come; default: ascending.
     """
     header = header or KdumpHeader()
@@ -117,20 +122,25 @@ def kdump(
     for gfn in (*pages, *left_out):
         bits[0][gfn // 8] |= 1 << gfn % 8
     start = PAGE * (1 + header.sub_blocks) + 2 * bitmap + 24 * len(pages)
-    contents, where = bytearray(), dict[bytes, int]()
+    contents, where = bytearray(), dict[int, int]()
+    once: dict[bytes, int] = {}
     for gfn in order or sorted(pages):
-        if pages[gfn].data not in where:
-            where[pages[gfn].data] = start + len(contents)
-            contents += pages[gfn].data
+        data = pages[gfn].data
+        place = once.get(data, start + len(contents))
+        if place == start + len(contents):
+            contents += data
+        if equal_once or data in _PACKED_ZEROS:
+            once[data] = place
+        where[gfn] = place
     table = b"".join(
         struct.pack(
             "<qIIQ",
-            where[page.data] if page.offset is None else page.offset,
+            where[gfn] if page.offset is None else page.offset,
             len(page.data) if page.size is None else page.size,
             page.flags,
             0,
         )
-        for _, page in sorted(pages.items())
+        for gfn, page in sorted(pages.items())
     )
     heads = first.ljust(PAGE, b"\0") + second.ljust(PAGE * header.sub_blocks, b"\0")
     return heads + bytes(bits[0]) + bytes(bits[1]) + table + bytes(contents)

@@ -72,8 +72,7 @@ def open_images(paths: Sequence[str], *, format: str | None = None) -> Iterator[
 def _refuse_twice(images: Sequence[MemoryImage]) -> None:
     seen: dict[tuple[int, int], Path] = {}
     for image in images:
-        status = image.path.stat()
-        first = seen.setdefault((status.st_dev, status.st_ino), image.path)
+        first = seen.setdefault(image.identity, image.path)
         if first is not image.path:
             raise MemshrError(
                 f"{image.path} is the same file as {first}", remedy="name each image once; a copy counts as another"
@@ -115,6 +114,11 @@ def kind_of(sources: Sequence[str]) -> SourceKind:
     if len(kinds) > 1:
         raise MemshrError(f"{' and '.join(kinds)} cannot share with each other", remedy="name sources of one kind")
     return next(iter(kinds))
+
+
+def only_images(sources: Sequence[str]) -> bool:
+    """Whether all sources are memory images: nothing of this host but files is needed for them."""
+    return not any(_prefix(source) in _LIVE for source in sources)
 
 
 def select_guests(sources: Sequence[str]) -> list[GuestProcess]:
@@ -378,6 +382,11 @@ DEFAULT_MAP_COUNT = 65_530
 """What Linux sets unless told otherwise (``DEFAULT_MAX_MAP_COUNT`` of ``include/linux/mm.h``)."""
 
 
+def embedded_images(uri: str) -> list[str]:
+    """The paths of the images in ``embedded:IMAGE,IMAGE``."""
+    return [path for path in uri.removeprefix(EMBEDDED).split(",") if path]
+
+
 @contextlib.contextmanager
 def open_host(uri: str) -> Iterator[Hypervisor]:
     """The mechanism that ``uri`` names.
@@ -397,6 +406,5 @@ def open_host(uri: str) -> Iterator[Hypervisor]:
         return
     if not uri.startswith(EMBEDDED):
         raise MemshrError(f"{uri!r} is no host", remedy=f"write {EMBEDDED}, {EMBEDDED}IMAGE,IMAGE, qemu:all or xen:")
-    paths = [path for path in uri.removeprefix(EMBEDDED).split(",") if path]
-    with open_images(paths) as hypervisor:
+    with open_images(embedded_images(uri)) as hypervisor:
         yield hypervisor

@@ -1,6 +1,7 @@
 """kdump-compressed dumps: every packing, flattened or not, as libkdumpfile reads them, and what is refused."""
 
 import dataclasses
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -171,7 +172,7 @@ REFUSED: dict[str, tuple[bytes, str, int | None]] = {
     "plain and short": (kdump({1: Packed(b"x" * 4095, 0)}), "not packed, and no whole page", TABLE),
     "two packings": (kdump({1: Packed(b"x", 3)}), "packed in several ways", TABLE),
     "same place, other size": (
-        kdump({1: ONE[1], 4: dataclasses.replace(ONE[1], size=5)}),
+        kdump({1: ONE[1], 4: dataclasses.replace(ONE[1], size=5)}, equal_once=True),
         "another one names the same bytes in another way",
         TABLE + 24,
     ),
@@ -232,6 +233,71 @@ def test_bomb_is_refused_before_it_takes_memory(tmp_path: Path, way: str) -> Non
     assert peak_growth_bytes(refuse) < 32 << 20
 
 
+def written_by_unpacking(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ImageError | None]:
+    """How many bytes opening an image has written to TMPDIR, and the error."""
+    written: list[int] = []
+    pwrite = os.pwrite
+
+    def counted(descriptor: int, data: memoryview, offset: int) -> int:
+        written.append(pwrite(descriptor, data, offset))
+        return written[-1]
+
+    monkeypatch.setattr(os, "pwrite", counted)
+    try:
+        with open_image(path):
+            return sum(written), None
+    except ImageError as error:
+        return sum(written), error
+
+
+def overlapping(count: int) -> bytes:
+    """Pages that are not packed, each of which begins one byte after the one before."""
+    dump = {gfn: Packed(page(1), 0) for gfn in range(count)}
+    start = len(kdump(dump, equal_once=True)) - PAGE
+    dump = {gfn: dataclasses.replace(each, offset=start + gfn) for gfn, each in dump.items()}
+    return kdump(dump, equal_once=True) + bytes(count)
+
+
+@pytest.mark.parametrize("form", ["in order", "flattened"])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        pytest.param(
+            kdump(dict.fromkeys(range(100_000), packed(b"\x01" * PAGE, "zstd")), equal_once=True),
+            id="one page again and again",
+        ),
+        pytest.param(overlapping(3000), id="pages that overlap"),
+    ],
+)
+def test_a_small_file_is_not_unpacked_to_a_large_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: bytes, form: str
+) -> None:
+    # 24 bytes for each page: without the limit 100,000 of them wrote 400 MiB.
+    path = write(tmp_path / "dump", FORMS[form](contents))
+    written_bytes, error = written_by_unpacking(path, monkeypatch)
+    assert "unpacked from the same bytes" in str(error)
+    assert written_bytes < 16 << 20
+
+
+def test_a_page_of_zeros_may_be_there_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dump = dict.fromkeys(range(100_000), packed(bytes(PAGE), "zlib")) | {7: packed(page(1), "zlib")}
+    assert written_by_unpacking(write(tmp_path / "dump", kdump(dump)), monkeypatch) == (PAGE, None)
+
+
+def test_a_dump_that_was_copied_with_holes_is_read(tmp_path: Path) -> None:
+    # Little of each page is not zero, now at its start and now at its end: holes begin and end inside of pages.
+    words = {gfn: (page(1)[:508] + gfn.to_bytes(4, "little")).ljust(PAGE, b"\0") for gfn in range(64)}
+    contents = kdump({gfn: Packed(words[gfn][:: -1 if gfn % 2 else 1], 0) for gfn in words})
+    path = tmp_path / "dump"
+    with path.open("wb") as file:
+        for start in range(0, len(contents), PAGE):
+            block = contents[start : start + PAGE]
+            if any(block):
+                os.pwrite(file.fileno(), block, start)
+        file.truncate(len(contents))
+    assert len(pages_of(path)) == 64
+
+
 def test_signature_is_asked_for_when_the_format_is_forced(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="signature is missing"):
         open_image(write(tmp_path / "raw", bytes(8 * PAGE)), format="kdump")
@@ -268,8 +334,8 @@ def test_absurd_bitmaps_of_a_sparse_file_take_no_memory(tmp_path: Path) -> None:
 
 
 def test_dump_of_1_gib_is_not_held_in_memory(tmp_path: Path) -> None:
-    some = packed(page(1), "zlib")
-    dump = {gfn: some if gfn % 16 == 0 else Packed(bytes(PAGE), 0) for gfn in range(1 << 18)}
+    dump = {gfn: Packed(bytes(PAGE), 0) for gfn in range(1 << 18)}
+    dump |= {gfn: packed(page(gfn), "zlib") for gfn in range(0, 1 << 18, 16)}
     path = write(tmp_path / "dump", kdump(dump))
     del dump
 

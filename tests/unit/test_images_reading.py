@@ -349,6 +349,23 @@ def test_no_room_to_unpack(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{path}: no room to unpack it: File too large; make room in ")
 
 
+@pytest.mark.parametrize(("free", "blocks", "fits"), [(2, 100, False), (9, 100, True), (0, 0, True)])
+def test_a_file_system_is_not_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, blocks: int, fits: bool
+) -> None:
+    # Of 100 blocks 5 stay free; a tmpfs without a limit says 0 of 0.
+    system = os.statvfs_result((PAGE, PAGE, blocks, free, free, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "fstatvfs", lambda _: system)
+    unpacked = Unpacked(ImageFile(write(tmp_path / "packed", b"whatever it was")))
+    if fits:
+        unpacked.add(np.arange(3), np.ones((3, PAGE), np.uint8))
+        return
+    with pytest.raises(BackendError, match="no room to unpack it: 0 MiB are left; make room in ") as caught:
+        unpacked.add(np.arange(3), np.ones((3, PAGE), np.uint8))
+    assert "\n" not in str(caught.value)
+    assert os.fstat(unpacked.fileno()).st_size == 0, "nothing was written"
+
+
 def test_no_folder_for_what_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = ImageFile(write(tmp_path / "packed", b"whatever it was"))
     monkeypatch.setattr("tempfile.tempdir", os.fspath(tmp_path / "missing"))

@@ -11,6 +11,7 @@ import numpy as np
 
 from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_xen, select_guests
 from memshr.cli.options import print_json, sharing_options
+from memshr.cli.rights import given_up
 from memshr.cli.session import run_session
 from memshr.cli.share import guest_groups
 from memshr.embedded import EmbeddedHypervisor
@@ -49,7 +50,7 @@ def audit(
         with open_guests(select_guests(sources), groups=grouping) as live:
             _tell(live.audit(), as_json=as_json)
         return
-    with open_images(sources, format=image_format) as hypervisor:
+    with given_up(images=sources), open_images(sources, format=image_format) as hypervisor:
         report = run_session(hypervisor, groups, SharingOptions(max_sharers=max_sharers))
         checked = wrong = 0
         for domid, path in zip(hypervisor.names(), sources, strict=True):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memshr.cli.options import as_json, print_json
+from memshr.cli.rights import given_up
 from memshr.cli.session import shown
 from memshr.report.compare import Change, Comparison, compare
 from memshr.report.estimate import read_estimate
@@ -42,7 +43,8 @@ def compare_(before: str, after: str, as_json: bool) -> None:
     two ways to group them. Domains are the same if they have the same name. Shown are the totals, what changed in each
     domain, new and gone domains, and the pairs of domains whose common contents changed most.
     """
-    comparison = compare(read_estimate(before), read_estimate(after))
+    with given_up(estimates=(before, after)):
+        comparison = compare(read_estimate(before), read_estimate(after))
     if as_json:
         print_json(comparison.to_dict())
     else:

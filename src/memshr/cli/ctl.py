@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import click
 
-from memshr.backends import open_host
+from memshr.backends import EMBEDDED, embedded_images, open_host
 from memshr.cli.options import as_json
 from memshr.errors import MemshrError, Status
 from memshr.hypervisor import Hypervisor
@@ -66,7 +67,12 @@ def ctl(host: str, call: tuple[str, ...], as_json: bool) -> None:
     for that call; the exit code is 1 if there was one.
     """
     refused = False
-    with open_host(host) as hypervisor:
+    with contextlib.ExitStack() as stack:
+        if host.startswith(EMBEDDED):
+            from memshr.cli.rights import given_up  # noqa: PLC0415  # knows every image format
+
+            stack.enter_context(given_up(images=embedded_images(host)))
+        hypervisor = stack.enter_context(open_host(host))
         session = Operations(hypervisor)
         session.domains.update({name: domid for domid, name in hypervisor.names().items()})
         saved: dict[str, int] = {}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
+from memshr.backends import only_images
 from memshr.cli.estimate_text import print_estimate
 from memshr.cli.options import print_json, sharing_options
 from memshr.cli.report_files import report_files, write_reports
+from memshr.cli.rights import given_up
 from memshr.cli.session import progress_bar
 from memshr.estimates import estimate as estimate_sources
 from memshr.report.analysis import Progress
@@ -80,7 +82,13 @@ def estimate(
 
     Pages of live sources that could share are read twice; those that change in between are left out.
     """
-    with _estimate_progress() as progress:
+    reports, html = (html_file, csv_file), html_file is not None
+    with contextlib.ExitStack() as stack:
+        # Live memory is read as root; then nothing is left but to lay out the reports.
+        images_only = only_images(sources)
+        if images_only:
+            write = stack.enter_context(given_up(images=sources, compared=against, outputs=reports, html=html))
+        progress = stack.enter_context(_estimate_progress())
         found = estimate_sources(
             sources,
             groups=groups,
@@ -95,14 +103,16 @@ def estimate(
             progress=progress,
             notice=lambda line: print(f"memshr: {line}", file=sys.stderr),
         )
-    write_reports(found, html_file=html_file, csv_file=csv_file)
+        if not images_only:
+            write = stack.enter_context(given_up(outputs=reports, html=html))
+        write_reports(found, html_file=html_file, csv_file=csv_file, write=write)
     if as_json:
         print_json(found.to_dict())
     else:
         print_estimate(found, grouped=bool(groups))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _estimate_progress() -> Iterator[Callable[[Progress], None]]:
     with progress_bar() as bar:
         tasks = {phase: bar.add_task(phase, total=None) for phase in ("scan", "compare")}

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import click
 
+from memshr import privilege
 from memshr.errors import InvariantError, MemshrError
 from memshr.record import Record
 from memshr.report.wording import printable
@@ -120,8 +121,12 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  # open until the end
 
 
-def main() -> NoReturn:
-    """Run the command line. An error is one line on standard error; its class decides the exit code."""
+def main(*, keep_rights: bool = False) -> NoReturn:
+    """Run the command line. An error is one line on standard error; its class decides the exit code.
+
+    :param keep_rights: do not give root's rights up when strangers' files are read: this process is not memshr's alone.
+    """
+    privilege.keep(keep_rights)
     _open_standard_streams()
     signal.signal(signal.SIGTERM, _on_terminate)
     record = Record()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from memshr.report.estimate import Estimate
+from memshr.report.files import WriteFile, write_file
 from memshr.report.html import check_html_libraries, write_html
 from memshr.report.matrix import write_csv
 
@@ -38,12 +39,15 @@ def report_files(command: _Command) -> _Command:
     return _html(_csv(command))
 
 
-def write_reports(estimate: Estimate, *, html_file: str | None, csv_file: str | None) -> None:
+def write_reports(
+    estimate: Estimate, *, html_file: str | None, csv_file: str | None, write: WriteFile = write_file
+) -> None:
     """Write the files that were asked for.
 
+    :param write: what writes them.
     :raises MemshrError: one cannot be written.
     """
     if html_file is not None:
-        write_html(estimate, html_file)
+        write_html(estimate, html_file, write)
     if csv_file is not None:
-        write_csv(estimate, csv_file)
+        write_csv(estimate, csv_file, write)

@@ -74,7 +74,9 @@ def share(
                 if unseen_pages := xen.unseen_pages.get(info.domid):
                     say(unseen(info.name, info.domid, unseen_pages))
     else:
-        with open_images(sources, format=image_format) as hypervisor:
+        from memshr.cli.rights import given_up  # noqa: PLC0415  # knows every image format
+
+        with given_up(images=sources), open_images(sources, format=image_format) as hypervisor:
             report = run_session(hypervisor, groups, options)
     if as_json:
         print_json(report.to_dict())

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from memshr import opened
 from memshr.errors import ImageError
 from memshr.images.avml import Avml
 from memshr.images.cloudhypervisor import CloudHypervisor
 from memshr.images.elfcore import ElfCore
-from memshr.images.file import Contents, FolderFormat, ImageFile, ImageFormat
+from memshr.images.file import CompanyFormat, Contents, FolderFormat, ImageFile, ImageFormat
 from memshr.images.firecracker import Firecracker
 from memshr.images.image import MemoryImage
 from memshr.images.kdump import Kdump
@@ -30,7 +32,7 @@ from memshr.images.raw import Raw
 from memshr.images.vmware import Vmware
 from memshr.images.xlcore import XlCore
 
-__all__ = ["FORMATS", "MemoryImage", "open_image"]
+__all__ = ["FORMATS", "MemoryImage", "hold_image", "open_image"]
 
 FORMATS: tuple[ImageFormat, ...] = (
     XlCore(),  # before elfcore: an ELF core, too
@@ -79,10 +81,37 @@ def open_image(path: str | os.PathLike[str], *, format: str | None = None) -> Me
         raise
 
 
+def hold_image(path: str | os.PathLike[str]) -> None:
+    """Open what ``open_image`` may want for this path, for a process that is about to lose the right to (``opened``).
+
+    No contents are looked at: files next to the image are chosen by their names, kinds and sizes. A link is followed if
+    it was named, and not if it lies next to an image.
+
+    :raises ImageError: the file is missing, empty, not a regular file, or cannot be opened.
+    """
+    named = Path(path)
+    file = _file_of(named, FORMATS)
+    image = ImageFile(file)
+    opened.hold(file, os.dup(image.fileno()))
+    image.close()
+    beside: list[Path] = []
+    for row in FORMATS:
+        if isinstance(row, CompanyFormat):
+            for other in row.beside(file):
+                with contextlib.suppress(OSError):
+                    descriptor = os.open(other, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+                    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                        opened.hold(other, descriptor)
+                        beside.append(other)
+                    else:
+                        os.close(descriptor)
+    opened.hold_folder(file.parent, beside)
+
+
 def _file_of(path: Path, rows: Sequence[ImageFormat]) -> Path:
     """The file itself, or the one that stands for a folder."""
     with contextlib.suppress(OSError, ValueError):  # ImageFile says what is wrong with the path
-        if path.is_dir():
+        if opened.is_dir(path):
             inside = (row.folder_file(path) for row in rows if isinstance(row, FolderFormat))
             return next((found for found in inside if found is not None), path)
     return path

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from memshr import opened
 from memshr.images.file import RUN, ImageFile, Layout, checked_runs
 from memshr.types import MAX_GFN_BITS, PAGE_SIZE
 
@@ -35,7 +36,11 @@ class CloudHypervisor:
 
     def folder_file(self, path: Path) -> Path | None:
         """``memory-ranges``, in a folder that has a ``state.json``."""
-        return path / _PAGES_FILE if (path / _STATE_FILE).is_file() else None
+        return path / _PAGES_FILE if opened.is_file(path / _STATE_FILE) else None
+
+    def beside(self, path: Path) -> tuple[Path, ...]:
+        """``state.json``."""
+        return (path.parent / _STATE_FILE,) if path.name == _PAGES_FILE else ()
 
     def detect(self, file: ImageFile) -> bool:
         """Whether it is the memory of such a folder. The file has no magic number, so its name has to do."""

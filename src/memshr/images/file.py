@@ -12,10 +12,12 @@ from __future__ import annotations
 import array
 import errno
 import os
+import pwd
 import stat
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,6 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr import opened
 from memshr.errors import BackendError, ImageError
 from memshr.types import MAX_GFN_BITS, PAGE_SIZE, Gfns, PageBytes
 
@@ -34,6 +37,10 @@ ZEROS = -1
 
 _WRITE_AGAIN = "write or copy the image again"
 _HEAD_BYTES = 64
+
+_SPARED_PART = 20
+_SPARED_BYTES = 256 << 20
+"""Of a file system, unpacked pages leave at least one part in so many free, or so much, whichever is less."""
 
 
 class Contents:
@@ -168,6 +175,8 @@ class ImageFile(Contents):
 
     def _open_regular(self) -> int:
         try:
+            if opened.is_held(self.path):  # it was asked then
+                return opened.open_file(self.path)
             # Asked before opening, because opening a device can act on it, and again by the descriptor, because the
             # path may name something else by then; O_NONBLOCK lets even that open of a fifo return.
             self._require_regular(self.path.stat().st_mode)
@@ -197,6 +206,11 @@ class ImageFile(Contents):
 
     def error(self, message: str, *, offset: int | None = None, remedy: str = "") -> ImageError:
         return ImageError(message, path=self.path, offset=offset, remedy=remedy)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode."""
+        return self._opened.st_dev, self._opened.st_ino
 
     def starts_with(self, magic: bytes) -> bool:
         """Whether the file's first bytes are ``magic``, which has at most 64."""
@@ -261,7 +275,7 @@ class Unpacked(Contents):
     """A temporary file without a name, into which a format writes pages that it has unpacked.
 
     Zero pages become holes of it. Pages may be added in any order, by several threads. It lies in TMPDIR and is gone
-    when the image is closed, or with the process.
+    when the image is closed, or with the process. It does not fill TMPDIR to the brim: others need room there, too.
 
     :param source: the image; errors name it.
     :raises BackendError: no temporary file can be made.
@@ -293,6 +307,7 @@ class Unpacked(Contents):
         place = np.flatnonzero(np.asarray(pages.view(np.uint64).any(axis=1))[rows])
         if not len(place):
             return
+        self._require_room(len(place) * PAGE_SIZE)
         row = rows[place]
         first = np.flatnonzero(np.append(True, (np.diff(place) != 1) | (np.diff(row) != 1)))
         try:
@@ -302,6 +317,17 @@ class Unpacked(Contents):
                 self._write(pages[begin : begin + count], start + at * PAGE_SIZE)
         except OSError as error:
             raise self._no_room(error) from error
+
+    def _require_room(self, wanted_bytes: int) -> None:
+        try:
+            system = os.fstatvfs(self.fileno())
+        except OSError:  # it cannot tell; then writing does
+            return
+        if not system.f_blocks:  # without a limit: tmpfs(5), size=0
+            return
+        free_bytes, all_bytes = system.f_bavail * system.f_frsize, system.f_blocks * system.f_frsize
+        if free_bytes - wanted_bytes < min(all_bytes // _SPARED_PART, _SPARED_BYTES):
+            raise self._no_room(OSError(errno.ENOSPC, f"{free_bytes >> 20:,} MiB are left"))
 
     def _write(self, pages: PageBytes, offset: int) -> None:
         view = pages.data.cast("B")
@@ -326,10 +352,18 @@ class Unpacked(Contents):
         return self._source.error(f"unpacked: {message}", offset=offset, remedy=remedy)
 
     def _no_room(self, error: OSError) -> BackendError:
-        return BackendError(
-            f"{self._source.path}: no room to unpack it: {_reason(error)}",
-            remedy=f"make room in {tempfile.gettempdir()}, or set TMPDIR",
-        )
+        remedy = f"make room in {tempfile.gettempdir()}, or set TMPDIR"
+        if isinstance(error, PermissionError):
+            remedy = f"set TMPDIR to a folder in which {_user()} may write, as everybody may in /tmp"
+        return BackendError(f"{self._source.path}: no room to unpack it: {_reason(error)}", remedy=remedy)
+
+
+def _user() -> str:
+    # Whoever we are by now: a process that was root has given that up (memshr.privilege).
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"user {os.geteuid()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +399,14 @@ class ImageFormat(Protocol):
         :raises ImageError: the file is not, or not entirely, what the format says.
         :raises BackendError: no room to unpack it.
         """
+
+
+@runtime_checkable
+class CompanyFormat(ImageFormat, Protocol):
+    """A format whose images need other files, which lie next to them."""
+
+    def beside(self, path: Path) -> Iterable[Path]:
+        """Where such files of the image at ``path`` would be, judged by names; none of them need be there."""
 
 
 @runtime_checkable

@@ -24,6 +24,7 @@ from typing import Final
 
 import numpy as np
 
+from memshr import opened
 from memshr.errors import ImageError
 from memshr.images.file import RUN, ImageFile, Layout, checked_runs
 from memshr.types import MAX_GFN_BITS, PAGE_SIZE
@@ -52,6 +53,10 @@ class Firecracker:
     def detect(self, file: ImageFile) -> bool:
         """Whether a state file in the same folder has a list of regions of this size."""
         return file.size % PAGE_SIZE == 0 and self._regions(file) is not None
+
+    def beside(self, path: Path) -> Iterator[Path]:
+        """What may be a state file."""
+        return _neighbours(path)
 
     def layout(self, file: ImageFile) -> Layout:
         """The regions, as the state file next to it says. A guest below the gap needs none.
@@ -86,6 +91,10 @@ class Firecracker:
 
 def _neighbours(path: Path) -> Iterator[Path]:
     """Some files in the same folder that may be state files, judged by their kind and size."""
+    known = opened.files_in(path.parent)
+    if known is not None:
+        yield from known
+        return
     try:
         with os.scandir(path.parent) as entries:
             left = _MAX_NEIGHBOURS

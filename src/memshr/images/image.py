@@ -67,6 +67,11 @@ class MemoryImage:
         self.close()
 
     @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of its file, or of the file in its folder."""
+        return self._file.identity
+
+    @property
     def ranges(self) -> NDArray[np.int64]:
         """The pages it has, shape ``(n, 2)``: first gfn and number of pages, as ``PageSource`` says."""
         if not len(self.runs):

@@ -4,6 +4,11 @@ Two bitmaps with a bit for each gfn come first: which pages the machine has, and
 descriptor for each of the latter says where its page is and how it is packed. Pages that were left out (makedumpfile's
 dump level) are no pages of the image. The others are unpacked to a temporary file, where zero pages are holes.
 
+What makes this hard: a descriptor has 24 bytes and may name any bytes of the file, so a small file could announce a
+great many pages that all unpack from the same bytes. Both writers let descriptors have their bytes in common for pages
+of zeros alone (makedumpfile's and QEMU's ``pd_zero``). So the others together must not name more bytes than the file
+has: what is written to the temporary file is bounded by how well the file's own bytes are packed.
+
 Layout: makedumpfile's diskdump_mod.h (``struct disk_dump_header``, ``struct kdump_sub_header``) and makedumpfile.h
 (``struct page_desc``, ``DUMP_DH_COMPRESSED_*``); QEMU's include/sysemu/dump.h (``DiskDumpHeader64``,
 ``KdumpSubHeader64``, ``PageDescriptor``).
@@ -75,7 +80,7 @@ _BITMAP_BYTES = 1 << 18
 _GAP_BYTES = 1 << 14
 """Pages that are further apart in the file than this are read one by one."""
 
-_Pages = tuple[PageBytes, NDArray[np.intp]]
+_Pages = tuple[PageBytes, NDArray[np.intp], int]
 
 _BITS = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 _WRITE_AGAIN = "write or copy the image again"
@@ -92,7 +97,8 @@ class Kdump:
     def layout(self, file: ImageFile) -> Layout:
         """Every page that the dump holds, unpacked. Takes as much of TMPDIR as the pages that are not zero.
 
-        :raises ImageError: the file is no such dump, is cut short or damaged, or was left unfinished.
+        :raises ImageError: the file is no such dump, is cut short or damaged, names more pages than its bytes can hold,
+            or was left unfinished.
         :raises BackendError: no room to unpack it.
         """
         dump = in_order(file) if file.starts_with(FLATTENED) else PiecedFile.whole(file)
@@ -110,20 +116,33 @@ class Kdump:
             )
         unpacked = Unpacked(file)
         try:
-            _unpack_all(dump, _gfns(dump, bitmap_offset, bitmap_bytes), table_offset, unpacked)
+            most_bytes = _stored_bytes(file) - count * _DESCRIPTOR.itemsize
+            _unpack_all(dump, _gfns(dump, bitmap_offset, bitmap_bytes), table_offset, most_bytes, unpacked)
             return unpacked.layout()
         except BaseException:
             unpacked.close()
             raise
 
 
-def _unpack_all(dump: PiecedFile, batches: Iterator[Gfns], table_offset: int, unpacked: Unpacked) -> None:
-    """Unpack every page in threads, and store them in order, so that they make few runs."""
+def _unpack_all(
+    dump: PiecedFile, batches: Iterator[Gfns], table_offset: int, most_bytes: int, unpacked: Unpacked
+) -> None:
+    """Unpack every page in threads, and store them in order, so that they make few runs.
+
+    :param most_bytes: what the descriptors may name of pages that are not zero, all together.
+    """
     waiting: deque[tuple[Gfns, Future[_Pages]]] = deque()
+    left_bytes = most_bytes
 
     def store_first() -> None:
+        nonlocal left_bytes
         gfns, future = waiting.popleft()
-        pages, rows = future.result()
+        pages, rows, named_bytes = future.result()
+        left_bytes -= named_bytes
+        if left_bytes < 0:
+            raise dump.file.error(
+                "damaged: several pages that are not zero are unpacked from the same bytes", remedy=_WRITE_AGAIN
+            )
         unpacked.add(gfns, pages, rows)
 
     workers = min(os.cpu_count() or 1, _MAX_THREADS)
@@ -139,6 +158,15 @@ def _unpack_all(dump: PiecedFile, batches: Iterator[Gfns], table_offset: int, un
                 store_first()
         finally:
             threads.shutdown(cancel_futures=True)
+
+
+def _stored_bytes(file: ImageFile) -> int:
+    """The most bytes that pages which have something else than zeros in them can have in this file.
+
+    Holes have none; but at each end of a hole there may be a page that is partly in it.
+    """
+    holes = file.holes()
+    return file.size - int((holes[:, 1] - holes[:, 0]).sum()) + 2 * PAGE_SIZE * len(holes)
 
 
 def _places(dump: PiecedFile) -> tuple[int, int, int]:
@@ -224,7 +252,10 @@ def _gfns(dump: PiecedFile, offset: int, length: int) -> Iterator[Gfns]:
 
 
 def _pages(dump: PiecedFile, table_offset: int, count: int) -> _Pages:
-    """The distinct pages of ``count`` descriptors, unpacked, and which of them each descriptor names."""
+    """The distinct pages of ``count`` descriptors, unpacked, and which of them each descriptor names.
+
+    The third value is how many bytes the descriptors name of pages that are not zero.
+    """
     table = dump.records(_DESCRIPTOR, table_offset, count, "a page descriptor")
 
     def refuse(bad: NDArray[np.bool_], problem: str) -> None:
@@ -257,7 +288,8 @@ def _pages(dump: PiecedFile, table_offset: int, count: int) -> _Pages:
                 offset=table_offset + number * _DESCRIPTOR.itemsize,
                 remedy=_WRITE_AGAIN,
             )
-    return pages, inverse
+    not_zero = np.asarray(pages.view(np.uint64).any(axis=1))[inverse]
+    return pages, inverse, int(table["size"][not_zero].sum(dtype=np.int64))
 
 
 def _packed(dump: PiecedFile, table: NDArray[Any]) -> Iterator[memoryview]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -32,6 +33,7 @@ _MAX_TAGS: Final = 1 << 16
 _MAX_REGIONS: Final = 1 << 12
 _COMPRESSED, _BLOCK = 62, 63
 _STATE_SUFFIXES: Final = (".vmss", ".vmsn")
+_MEMORY_SUFFIX: Final = ".vmem"
 _AGAIN = "suspend the guest, or take the snapshot, again"
 
 _Tags = dict[tuple[bytes, tuple[int, ...]], "_Value"]
@@ -54,7 +56,11 @@ class Vmware:
 
     def detect(self, file: ImageFile) -> bool:
         """Whether it is a state file, or a ``.vmem`` next to one of the same name."""
-        return _is_state(file) or (file.path.suffix.lower() == ".vmem" and _state_of(file) is not None)
+        return _is_state(file) or (file.path.suffix.lower() == _MEMORY_SUFFIX and _state_of(file) is not None)
+
+    def beside(self, path: Path) -> tuple[Path, ...]:
+        """The other file of the two."""
+        return tuple(path.with_suffix(suffix) for suffix in (_MEMORY_SUFFIX, *_STATE_SUFFIXES)) if path.suffix else ()
 
     def layout(self, file: ImageFile) -> Layout:
         """The regions that the state file lists; all of the ``.vmem``, from address 0 on, if it lists none.
@@ -73,7 +79,7 @@ class Vmware:
         if is_state:
             block = next((value for (name, _), value in tags.items() if name == b"Memory" and value.block_bytes), None)
             if block is None:
-                contents = file.beside(file.path.with_suffix(".vmem"))
+                contents = file.beside(file.path.with_suffix(_MEMORY_SUFFIX))
                 size = contents.size
             elif block.compressed:
                 raise file.error("not supported: compressed memory", offset=block.block_at, remedy=_AGAIN)

@@ -21,9 +21,9 @@ import stat
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from memshr import opened
 from memshr.errors import MemshrError
 from memshr.types import Counters, DomId, Gfn
 
@@ -300,7 +300,7 @@ def read_estimate(path: str | os.PathLike[str]) -> Estimate:
     """
     name = os.fspath(path) if os.fspath(path).isprintable() else repr(os.fspath(path))
     try:
-        with Path(path).open("rb") as file:
+        with os.fdopen(opened.open_file(path), "rb") as file:
             status = os.fstat(file.fileno())
             if stat.S_ISREG(status.st_mode) and status.st_size > MAX_FILE_BYTES:
                 raise MemshrError("too large for an estimate", remedy=_REMEDY)

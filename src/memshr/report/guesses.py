@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr import opened
 from memshr.errors import ImageError
 from memshr.types import PAGE_SIZE, PageBytes
 
@@ -69,6 +70,23 @@ def _looks_like_code(page: bytes) -> bool:
     return sum(counts) >= _MIN_MARKS and sum(count > 0 for count in counts) >= _MIN_KINDS
 
 
+def hold_file(path: str | os.PathLike[str]) -> None:
+    """Open a file that ``pages_of_files`` is to look into, for a process that is about to lose the right to.
+
+    :raises ImageError: as ``pages_of_files``.
+    """
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise _no_regular_file(Path(path))
+        opened.hold(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}", path=path) from error
+
+
+def _no_regular_file(path: Path) -> ImageError:
+    return ImageError("this is no regular file", path=path, remedy="name a file to compare contents with")
+
+
 def pages_of_files(pages: PageBytes, files: Sequence[str | os.PathLike[str]]) -> list[str]:
     """For each page, which page of which file it is: ``FILE at page N``; empty where it is none.
 
@@ -96,9 +114,9 @@ def pages_of_files(pages: PageBytes, files: Sequence[str | os.PathLike[str]]) ->
 def _chunks(path: Path) -> Iterator[tuple[int, NDArray[np.uint64]]]:
     # The pages of a file, as words, with the number of the first of each part.
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ImageError("this is no regular file", path=path, remedy="name a file to compare contents with")
-        with path.open("rb", buffering=0) as file:
+        if not opened.is_held(path) and not stat.S_ISREG(path.stat().st_mode):
+            raise _no_regular_file(path)
+        with os.fdopen(opened.open_file(path), "rb", buffering=0) as file:
             first = 0
             while chunk := file.read(_CHUNK_BYTES):
                 chunk += bytes(-len(chunk) % PAGE_SIZE)

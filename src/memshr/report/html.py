@@ -7,7 +7,7 @@ from types import ModuleType
 
 from memshr.errors import UnsupportedError
 from memshr.report.estimate import Estimate
-from memshr.report.files import write_file
+from memshr.report.files import WriteFile, write_file
 
 
 def check_html_libraries() -> None:
@@ -16,6 +16,14 @@ def check_html_libraries() -> None:
     :raises UnsupportedError: the libraries of the extra ``report`` are not installed.
     """
     _html_page()
+
+
+def load_html_libraries() -> None:
+    """Have the libraries load all that they would load later, in a process that may not be able to read it then.
+
+    :raises UnsupportedError: the libraries of the extra ``report`` are not installed.
+    """
+    _html_page().load_libraries()
 
 
 def estimate_html(estimate: Estimate) -> str:
@@ -29,13 +37,14 @@ def estimate_html(estimate: Estimate) -> str:
     return page
 
 
-def write_html(estimate: Estimate, path: str | os.PathLike[str]) -> None:
+def write_html(estimate: Estimate, path: str | os.PathLike[str], write: WriteFile = write_file) -> None:
     """Write ``estimate_html`` into a file.
 
+    :param write: what writes it.
     :raises UnsupportedError: the libraries of the extra ``report`` are not installed.
     :raises MemshrError: it cannot be written there; what was there is unchanged.
     """
-    write_file(path, estimate_html(estimate))
+    write(path, estimate_html(estimate))
 
 
 def _html_page() -> ModuleType:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +35,22 @@ WIDTHS = {"wide": 920, "narrow": 340}
 """Each plot of bars is drawn for a screen and for a telephone; the style shows one of them."""
 
 
+# Read now, since a process that was root may not be able to when the page is made (``privilege``).
+_TEMPLATES = {
+    name: importlib.resources.files("memshr.report").joinpath("templates", name).read_text("utf-8")
+    for name in ("estimate.html", "estimate.css", "estimate.js")
+}
+
+
+def load_libraries() -> None:
+    """Draw a plot of nothing: Altair looks for its plugins, and Vega is loaded, when there is something to draw."""
+    html_charts.bars([Bar("", (Segment("zero", 1.0, ""),))], unit="", title="", width=WIDTHS["narrow"])
+
+
 def page(estimate: Estimate) -> str:
     """The text of the page."""
     templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("memshr.report"),
+        loader=jinja2.DictLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -7,7 +7,7 @@ import io
 import os
 
 from memshr.report.estimate import Estimate
-from memshr.report.files import write_file
+from memshr.report.files import WriteFile, write_file
 from memshr.report.wording import printable
 
 COLUMNS = ("domid", "domain", "other_domid", "other_domain", "group", "may_share", "contents", "pages")
@@ -32,12 +32,13 @@ def matrix_csv(estimate: Estimate) -> str:
     return text.getvalue()
 
 
-def write_csv(estimate: Estimate, path: str | os.PathLike[str]) -> None:
+def write_csv(estimate: Estimate, path: str | os.PathLike[str], write: WriteFile = write_file) -> None:
     """Write ``matrix_csv`` into a file.
 
+    :param write: what writes it.
     :raises MemshrError: it cannot be written there; what was there is unchanged.
     """
-    write_file(path, matrix_csv(estimate))
+    write(path, matrix_csv(estimate))
 
 
 def _harmless(name: str) -> str:

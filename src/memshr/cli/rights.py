@@ -1,0 +1,79 @@
+"""When a command gives root's rights up: as soon as all that it needs them for is open."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import resource
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from memshr import opened, privilege
+from memshr.errors import MemshrError, printable
+from memshr.images import hold_image
+from memshr.report.files import FileWriter, WriteFile, write_file
+from memshr.report.guesses import hold_file
+from memshr.report.html import load_html_libraries
+
+_log = logging.getLogger(__name__)
+
+_LOADED_BEFORE = (
+    *("memshr.backends", "memshr.embedded", "memshr.qemu.attachment", "memshr.images.process"),
+    *("numpy.ma", "numpy.random", "rich._emoji_codes"),
+)
+"""What commands import when they need it. ``nobody`` may not be able to read where memshr is installed."""
+
+
+@contextlib.contextmanager
+def given_up(
+    *,
+    images: Sequence[str | os.PathLike[str]] = (),
+    compared: Sequence[str | os.PathLike[str]] = (),
+    estimates: Sequence[str | os.PathLike[str]] = (),
+    outputs: Sequence[str | os.PathLike[str] | None] = (),
+    html: bool = False,
+) -> Iterator[WriteFile]:
+    """Open what is named here, and give root's rights up; without such rights nothing is done.
+
+    :param images: for ``open_image``. :param compared: for ``pages_of_files``. :param estimates: for ``read_estimate``.
+    :param outputs: files that can be written afterwards; None: none.
+    :param html: a page is among them.
+    :returns: what writes them.
+    :raises MemshrError: a file cannot be opened, or the rights cannot be given up.
+    """
+    if not privilege.must_drop():
+        yield write_file
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.ExitStack() as stack:
+        for image in images:
+            hold_image(image)
+        for path in compared:
+            hold_file(path)
+        for path in estimates:
+            _hold(path)
+        writers = {os.fspath(path): stack.enter_context(FileWriter(path)) for path in outputs if path is not None}
+        for module in _LOADED_BEFORE:
+            importlib.import_module(module)
+        if html:
+            load_html_libraries()
+        printable("\x1b")  # loads a codec
+        tempfile.gettempdir()  # root may write everywhere, so this is the folder that TMPDIR names
+        privilege.drop()
+        _log.info("rights given up: this process is user %d now", os.geteuid())
+
+        def write(path: str | os.PathLike[str], text: str) -> None:
+            writers[os.fspath(path)].write(text)
+
+        yield write
+
+
+def _hold(path: str | os.PathLike[str]) -> None:
+    try:
+        opened.hold(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        name = os.fspath(path) if os.fspath(path).isprintable() else repr(os.fspath(path))
+        raise MemshrError(f"{name}: cannot be read: {error.strerror}") from error
