@@ -73,6 +73,7 @@ ANSWER_DEADLINE_S: Final = 10.0
 _IDLE, _POSTED, _UNDER_WAY, _DONE = 0, 1, 2, 4
 _ANSWERS: Final = 64
 """bytes that are read at once; one is an answer"""
+_DESCRIPTORS_END: Final = 1 << 31
 _MSG_CMSG_CLOEXEC: Final = 0x40000000
 _UFFD_LINK: Final = "anon_inode:[userfaultfd]"
 
@@ -388,6 +389,8 @@ class Session:
         :raises AgentCallError: QEMU has too many open.
         """
         data, sock = self.control.data_address, self.control.slots[0]
+        if sock < 0:  # QEMU has written to it
+            raise ConnectionLostError("the agent has lost its socket", remedy="leave this guest alone")
         header = data + MESSAGE_AT
         # struct msghdr: no name; one iovec; the control message; then the iovec: one byte.
         self.control.put(MESSAGE_AT, "<9Q", 0, 0, header + 0x40, 1, data + RECEIVED_AT - 16, 24, 0, 0, header + 0x58)
@@ -413,9 +416,11 @@ class Session:
             self.call(syscalls.NR_CLOSE, number)
 
     def _keep(self, number: int) -> None:
+        if not 0 <= number < _DESCRIPTORS_END:
+            raise AgentCallError(f"QEMU says that it has a descriptor {number}", errno=0, done=0)
         slots = self.control.slots
-        if -1 not in slots:
-            raise InvariantError("the agent has a thousand descriptors")
+        if -1 not in slots:  # QEMU has written to them: memshr gives an agent a handful
+            raise AgentCallError("the agent's list of descriptors is full, which memshr does not do", errno=0, done=0)
         self.control.set_slot(slots.index(-1), number)
 
     # -- the end ---------------------------------------------------------------------------------------------------

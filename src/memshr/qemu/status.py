@@ -60,6 +60,7 @@ def status_of(process: GuestProcess) -> GuestStatus:
     state, ram_bytes = "unknown", 0
     mappings, pools = Mappings(b""), list[Mapping]()
     sharing = frames = 0
+    groups = list[str]()
     try:
         mappings = process.mappings()
         with process.monitor() as monitor:
@@ -76,6 +77,7 @@ def status_of(process: GuestProcess) -> GuestStatus:
     try:
         pools = mappings.of(of_pools(mappings))
         sharing, frames = _sharing(process.pid, pools)
+        groups = groups_in(process.pid, mappings)
     except OSError as error:
         refusals = (*refusals, guests.unreadable(error))
     except BackendError as error:
@@ -88,7 +90,7 @@ def status_of(process: GuestProcess) -> GuestStatus:
         ram_bytes=ram_bytes,
         refusals=refusals,
         attached=MAPPED_CONTROL in mappings.paths,
-        groups=tuple(groups_in(process.pid, mappings)),
+        groups=tuple(groups),
         sharing_pages=sharing,
         copied_pages=sum(mapping.pages for mapping in pools) - sharing,
         frames=frames,
@@ -102,9 +104,10 @@ def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[int]]:
     """
     found: dict[str, list[int]] = {}
     for number, process in enumerate(processes, start=1):
-        groups = groups_in(process.pid, process.mappings())
-        if groups:
-            found.setdefault(groups[0], []).append(number)
+        with contextlib.suppress(BackendError):  # what it has mapped makes no sense
+            groups = groups_in(process.pid, process.mappings())
+            if groups:
+                found.setdefault(groups[0], []).append(number)
     return found
 
 
