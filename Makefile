@@ -22,10 +22,10 @@ live-demo: setup
 test: setup
 	@$(BIN)/python -m pytest
 
-# Searches for inputs that break a reader of images: make fuzz FUZZ_SECONDS=60 for a shorter one.
+# Searches for inputs that break what reads bytes of strangers: make fuzz FUZZ_SECONDS=60 for a shorter one.
 FUZZ_SECONDS ?= 600
 fuzz: .venv/fuzz-ready
-	@PYTHONPATH=tests $(BIN)/python -m fuzz.images --seconds $(FUZZ_SECONDS)
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.campaign --seconds $(FUZZ_SECONDS)
 
 .venv/fuzz-ready: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'

@@ -103,12 +103,14 @@ class Mappings(Sequence[Mapping]):
                 left = self._parse_alike(text, line, left, int(lengths[left[0]]))
             for row in left.tolist():
                 self._note(row, self._parse(int(line[row]), int(ends[row])))
+        if (self.start >= self.end).any():
+            raise _odd_line()
         self.paths: list[str] = [os.fsdecode(path) for path in self._places]
 
     def _parse(self, begin: int, end: int) -> re.Match[bytes]:
         line = _MAPS_LINE.fullmatch(self.maps, begin, end)
-        if line is None:
-            raise ValueError("a line of maps is not of the form that the kernel writes")
+        if line is None or int(line["inode"]) >= 1 << 64:
+            raise _odd_line()
         return line
 
     def _note(self, rows: int | NDArray[np.int64], line: re.Match[bytes]) -> None:
@@ -193,11 +195,19 @@ class Mappings(Sequence[Mapping]):
         major, minor = os.major(device), os.minor(device)
         return np.asarray((self.inode == inode) & (self._dev_major == major) & (self._dev_minor == minor))
 
-    def same_device(self, rows: NDArray[np.int64], row: int) -> NDArray[np.bool_]:
-        """Which of these lines are of files on the device of line ``row``, shape ``(len(rows),)``."""
-        return np.asarray(
-            (self._dev_major[rows] == self._dev_major[row]) & (self._dev_minor[rows] == self._dev_minor[row])
-        )
+    def files(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which file each of these lines is of, shape ``(len(rows),)``: files are numbered from 0 on as they come."""
+        columns = (self._dev_major[rows], self._dev_minor[rows], self.inode[rows])
+        order = np.lexsort(columns)
+        begins = np.zeros(len(rows), dtype=np.bool_)
+        for column in columns:
+            begins[1:] |= column[order][1:] != column[order][:-1]
+        sorted_numbers = np.cumsum(begins)
+        # lexsort is stable: the first of each file in that order is the first that comes.
+        first = order[np.append(True, begins[1:])] if len(rows) else order
+        numbers = np.empty(len(rows), dtype=np.int64)
+        numbers[order] = np.argsort(np.argsort(first))[sorted_numbers]
+        return numbers
 
     def named(self, wanted: Callable[[str], bool]) -> NDArray[np.bool_]:
         """Which lines have a path that is ``wanted``, shape ``(n,)``; asked once for each different path."""
@@ -206,6 +216,10 @@ class Mappings(Sequence[Mapping]):
     def of(self, which: NDArray[np.bool_]) -> list[Mapping]:
         """The mappings of these lines."""
         return [self[row] for row in np.flatnonzero(which).tolist()]
+
+
+def _odd_line() -> ValueError:
+    return ValueError("a line of maps is not of the form that the kernel writes")
 
 
 _MAPS_LINE = re.compile(

@@ -1,17 +1,10 @@
 """Whatever bytes an image is made of: ImageError or BackendError come out of its reader, or pages, and nothing else.
 
-``python -m fuzz.images --seconds 600`` (or ``make fuzz``) searches for inputs that break this, guided by coverage of
-memshr's own code, with atheris. It starts from ``corpus``, and from what earlier runs kept in ``.fuzz``. What breaks
-is left in ``.fuzz`` as ``crash-...``, ``timeout-...`` or ``oom-...``; ``python -m fuzz.images FILE...`` shows it again.
+``fuzz.campaign`` searches for inputs that break this.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,14 +15,11 @@ from memshr.images import FORMATS, MemoryImage, open_image
 from memshr.types import MAX_GFN_BITS
 from odd_cores import PAGE, pattern
 
-CORPUS = Path(__file__).parent / "corpus"
-KEPT = Path(__file__).parents[2] / ".fuzz"
+CORPUS = Path(__file__).parent / "corpus" / "images"
 
 MAX_INPUT_BYTES = 1 << 16
 MAX_UNPACKED_BYTES = 256 << 20
 """No file that a reader makes may grow beyond that (RLIMIT_FSIZE)."""
-MAX_MEMORY_MIB = 1024
-MAX_SECONDS_EACH = 10
 FORMAT_NAMES = tuple(row.name for row in FORMATS)
 ROWS = 64
 """Pages of an image that are read at its start, and at its end."""
@@ -102,34 +92,3 @@ def _check_promises(image: MemoryImage) -> None:
         assert image.extents[0].pages[:1].tobytes() == out[:1].tobytes()
     except (ImageError, BackendError) as error:
         _require_one_line(str(error))
-
-
-def search(seconds: int, seed: int) -> int:
-    """Search for inputs that break a reader, in a process of its own; returns its exit code, not 0 if there is one."""
-    KEPT.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        command = [sys.executable, "-m", "fuzz.search", str(KEPT), str(CORPUS)]
-        command += [f"-max_total_time={seconds}", f"-seed={seed}", f"-artifact_prefix={KEPT}/", "-print_final_stats=1"]
-        command += [f"-max_len={MAX_INPUT_BYTES}", f"-timeout={MAX_SECONDS_EACH}", f"-rss_limit_mb={MAX_MEMORY_MIB}"]
-        # The search ends by itself; an end from outside is for a reader that hangs where no timeout can reach it.
-        return subprocess.run(
-            command, env=os.environ | {"TMPDIR": folder}, timeout=seconds + 120, check=False
-        ).returncode
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="fuzz.images")
-    parser.add_argument("--seconds", type=int, default=600, help="how long to search (default: 600)")
-    parser.add_argument("--seed", type=int, default=1, help="of the search's random numbers; 0: another each time")
-    parser.add_argument("files", nargs="*", help="inputs to try again instead of searching")
-    arguments = parser.parse_args()
-    if not arguments.files:
-        return search(arguments.seconds, arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        for file in map(Path, arguments.files):
-            print(f"{file}: {', '.join(exercise(file.read_bytes(), Path(folder))) or 'refused'}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.images import CORPUS, MAX_INPUT_BYTES, exercise
-from fuzz.seeds import seeds
+from fuzz import area, maps, monitor
+from fuzz.campaign import CORPUS, MAX_INPUT_BYTES, TARGETS
+from fuzz.images import exercise
+from fuzz.seeds import CORPORA, seeds
 from memshr.images import FORMATS
 
 SEEDS = seeds()
@@ -14,8 +16,13 @@ CHANGES = 50
 """Changed inputs for each seed."""
 
 
-def test_corpus_is_what_the_writers_write() -> None:
-    assert {file.name: file.read_bytes() for file in CORPUS.iterdir()} == SEEDS
+@pytest.mark.parametrize("target", CORPORA)
+def test_corpus_is_what_the_writers_write(target: str) -> None:
+    assert {file.name: file.read_bytes() for file in (CORPUS / target).iterdir()} == CORPORA[target]()
+    assert CORPORA.keys() == TARGETS.keys()
+
+
+def test_seeds_are_small() -> None:
     assert sum(map(len, SEEDS.values())) < 300 << 10
     assert max(map(len, SEEDS.values())) <= MAX_INPUT_BYTES
 
@@ -37,6 +44,41 @@ def test_seed_cut_short(tmp_path: Path, name: str) -> None:
     choice = random.Random(name)
     for size in {*range(0, 64, 3), *(choice.randrange(len(contents)) for _ in range(30))}:
         exercise(contents[:size], tmp_path)
+
+
+OTHERS = {"area": area.exercise, "maps": maps.exercise, "monitor": monitor.exercise}
+OTHER_SEEDS = [(target, name) for target in OTHERS for name in CORPORA[target]()]
+
+
+@pytest.mark.parametrize(("target", "name"), OTHER_SEEDS)
+def test_answers_areas_and_maps(tmp_path: Path, target: str, name: str) -> None:
+    contents = CORPORA[target]()[name]
+    OTHERS[target](contents, tmp_path)
+    choice = random.Random(name)
+    for _ in range(CHANGES):
+        changed = bytearray(contents[: choice.choice([len(contents), choice.randrange(len(contents) + 1)])])
+        for _ in range(choice.randint(1, 4) if changed else 0):
+            place = choice.randrange(len(changed))
+            changed[place : place + choice.choice([1, 1, 4])] = bytes([choice.choice([*INTERESTING, *b'0f{[\n" '])])
+        OTHERS[target](bytes(changed), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "proper"),
+    [
+        ("monitor", "layout", "layout"),
+        ("monitor", "drives", "drives"),
+        ("monitor", "state", "state"),
+        ("monitor", "drain", "drain"),
+        ("monitor", "refused", "descriptor"),
+        ("monitor", "refusals", "refusals"),
+        ("area", "honest", "give"),
+        ("area", "honest", "note"),
+        ("maps", "frames", "/memfd:memshr-pool:a (deleted)"),
+    ],
+)
+def test_proper_ones_get_through(tmp_path: Path, target: str, name: str, proper: str) -> None:
+    assert proper in OTHERS[target](CORPORA[target]()[name], tmp_path)
 
 
 INTERESTING = [0, 1, 0x7F, 0x80, 0xFF]

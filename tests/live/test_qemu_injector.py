@@ -1,6 +1,7 @@
 """The process that borrows a thread of QEMU is killed in the midst of it: QEMU goes on as if nothing had been."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -81,14 +82,16 @@ def test_the_death_of_the_injector_harms_nobody(qemu: Path) -> None:
     chance = random.Random(2)
     with booted(qemu, "borrowed") as (guest,):
         in_time, longest_s = 0, 0.003
-        for _ in range(KILLS):
+        for tries in itertools.count(1):
             if killed_while_attaching(guest, chance.uniform(0, longest_s)):
                 in_time += 1
             else:  # it had done its work: sooner, then
                 longest_s *= 0.8
             guest.write(0x200000, os.urandom(64))
             assert guest.hmp("info status").startswith("VM status")
-        assert in_time > KILLS // 3
+            if tries >= KILLS and in_time > KILLS // 3:
+                break
+            assert tries < 20 * KILLS, "the injector is always done before it is killed"
         # Where it had made its commitment an agent sleeps; all of them are found and taken out.
         with QemuHypervisor([process_of(guest)]) as hypervisor:
             hypervisor.detach(DomId(1))

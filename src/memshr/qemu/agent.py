@@ -55,6 +55,7 @@ from memshr.qemu.control_area import (
     RECEIVED_AT,
     REMOTE_PIECES,
     SCRATCH_AT,
+    SLOTS,
     STATE_AT,
     TABLE,
     TABLE_ENTRIES,
@@ -73,6 +74,7 @@ ANSWER_DEADLINE_S: Final = 5.0
 _IDLE, _POSTED, _UNDER_WAY, _DONE = 0, 1, 2, 4
 _ANSWERS: Final = 64
 """bytes that are read at once; one is an answer"""
+_DESCRIPTORS_END: Final = 1 << 31
 _MSG_CMSG_CLOEXEC: Final = 0x40000000
 _UFFD_LINK: Final = "anon_inode:[userfaultfd]"
 
@@ -119,7 +121,7 @@ class Session:
         self._posted = 0
         self._priority: tuple[int, int] | None = None
         (self._pid_inside,) = control.get(PID_AT, "<i")
-        self._slots = control.slots
+        self._slots = [control.slots[0], *[-1] * (SLOTS - 1)]
         """what we have written into the area's slots: what a QEMU has made of them since is not read again"""
         words: NDArray[np.uint64] = np.frombuffer(control.memory, np.uint64, TABLE_ENTRIES * 8, TABLE)
         self._table = words.reshape(TABLE_ENTRIES, 8)
@@ -176,9 +178,7 @@ class Session:
                 raise ConnectionLostError(
                     f"the agent in guest {name} ({pid}) does not answer", remedy="is QEMU stopped or frozen?"
                 )
-            self._slots = control.slots
-            if self._slots[0] < 0 or any(number != -1 for number in self._slots[1:]):
-                raise ConnectionLostError(f"the agent in guest {name} ({pid}) does not say what it holds")
+            self._slots[0] = control.slots[0]
         finally:
             monitor.take_back()
 
@@ -395,6 +395,8 @@ class Session:
         :raises AgentCallError: QEMU has too many open.
         """
         data, sock = self.control.data_address, self._slots[0]
+        if sock < 0:  # QEMU has written to it
+            raise ConnectionLostError("the agent has lost its socket", remedy="leave this guest alone")
         header = data + MESSAGE_AT
         # struct msghdr: no name; one iovec; the control message; then the iovec: one byte.
         self.control.put(MESSAGE_AT, "<9Q", 0, 0, header + 0x40, 1, data + RECEIVED_AT - 16, 24, 0, 0, header + 0x58)
@@ -419,6 +421,8 @@ class Session:
             self.call(syscalls.NR_CLOSE, number)
 
     def _keep(self, number: int) -> None:
+        if not 0 <= number < _DESCRIPTORS_END:
+            raise AgentCallError(f"QEMU says that it has a descriptor {number}", errno=0, done=0)
         if -1 not in self._slots:
             raise InvariantError("the agent has a thousand descriptors")
         self._set_slot(self._slots.index(-1), number)

@@ -48,7 +48,7 @@ from memshr.qemu.control_area import NOT_EQUAL, Original
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.injection import Injector
 from memshr.qemu.interrupts import uninterrupted
-from memshr.qemu.pool import FramePool, of_pools
+from memshr.qemu.pool import FramePool, files_of_pools
 from memshr.qemu.ram import GuestRam, Pages
 from memshr.qemu.tables import Kept, Table
 from memshr.qemu.target import Target
@@ -397,11 +397,9 @@ class Attachment:
         """Where QEMU has files mapped that are called like frame pools, one by one; made for tens of thousands.
 
         :param mappings: what it has mapped.
+        :raises BackendError: as ``files_of_pools``.
         """
-        (left,) = np.nonzero(of_pools(mappings))
-        while len(left):
-            same = (mappings.inode[left] == mappings.inode[left[0]]) & mappings.same_device(left, int(left[0]))
-            rows, left = left[same], left[~same]
+        for rows in files_of_pools(mappings):
             starts = mappings.start[rows].astype(np.int64)
             lengths = (mappings.end[rows].astype(np.int64) - starts) >> PAGE_SHIFT
             first_frames = mappings.offset[rows].astype(np.int64) >> PAGE_SHIFT

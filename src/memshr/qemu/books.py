@@ -205,7 +205,11 @@ class GuestBooks:
         frames = np.full(guest.pages, NOWHERE, dtype=np.int64)
         findings = []
         known = {books.pool.file: number for number, books in enumerate(self.pools)}
-        for mapped in guest.pool_mappings(mappings):
+        try:
+            pool_mappings = list(guest.pool_mappings(mappings))
+        except BackendError as error:
+            raise guest.failed(OSError(errno.E2BIG, error.args[0])) from error
+        for mapped in pool_mappings:
             sample = mapped.sample
             number = known.get(mapped.file)
             if number is None:

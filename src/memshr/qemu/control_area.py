@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
+from memshr.errors import BackendError
 from memshr.qemu import mark, syscalls
 
 CONTROL_NAME: Final = "memshr-agent"
@@ -452,7 +453,10 @@ class ControlArea:
     @originals.setter
     def originals(self, records: Sequence[Original]) -> None:
         if len(records) > _MOST_ORIGINALS:
-            raise ValueError(f"{len(records)} ranges of RAM; there is room for {_MOST_ORIGINALS}")
+            raise BackendError(
+                f"notes of {len(records)} ranges of RAM, and there is room for {_MOST_ORIGINALS}",
+                remedy="leave this guest alone, or detach it first if its RAM has changed often",
+            )
         for at, record in enumerate(records):
             _ORIGINAL.pack_into(self.memory, _RECORDS + 8 + _ORIGINAL.size * at, *record)
         # The count comes last: if we die before, the records that were there stand.

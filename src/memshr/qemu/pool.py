@@ -27,7 +27,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.errors import HostMemoryError, InvariantError
+from memshr.errors import BackendError, HostMemoryError, InvariantError
 from memshr.procfs import Mapping, Mappings
 from memshr.qemu import mark, syscalls
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
@@ -41,11 +41,33 @@ _MARK: Final = b"pool:"
 _OWN_MARK: Final = b"own:"
 _PLAIN: Final = " !#$&'()*+,/:;<=>?@[]^{|}"
 _MOST_BYTES: Final = 249
+_MOST_POOLS: Final = 4096
+"""files called pools that are looked at in one QEMU; it has one of its own group, and those of earlier memshrs"""
+_LEAVE_IT: Final = "leave it alone: memshr does not do that"
+_HOSTS_MEMORY: Final = 4
+"""How many times the memory of the host the frames may be that one QEMU has mapped, as in ``guests``."""
 
 
 def of_pools(mappings: Mappings) -> NDArray[np.bool_]:
     """Which mappings claim to be of frame pools, shape ``(n,)``. Shared ones lie: ours are private."""
     return mappings.named(lambda path: path.startswith(_MAPPED_PREFIX)) & ~mappings.shared
+
+
+def files_of_pools(mappings: Mappings) -> list[NDArray[np.int64]]:
+    """The lines of each file that is mapped and claims to be a frame pool.
+
+    :raises BackendError: these are more files than there are pools, or more pages than the host could have frames: what
+        is done for each of them would have no bound.
+    """
+    (rows,) = np.nonzero(of_pools(mappings))
+    pages = int(((mappings.end[rows] - mappings.start[rows]) >> np.uint64(PAGE_SHIFT)).sum())
+    if pages > _HOSTS_MEMORY * os.sysconf("SC_PHYS_PAGES"):
+        raise BackendError("it has mapped many times the memory of this host as frames", remedy=_LEAVE_IT)
+    files = mappings.files(rows)
+    if files.max(initial=-1) >= _MOST_POOLS:
+        raise BackendError(f"it has mapped more than {_MOST_POOLS} files that are called frame pools", remedy=_LEAVE_IT)
+    order = np.argsort(files, kind="stable")
+    return [rows[part] for part in np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(part)]
 
 
 def fits_pool(group: str) -> bool:
@@ -69,16 +91,12 @@ def group_at(pid: int, mapping: Mapping) -> str | None:
 def groups_in(pid: int, mappings: Mappings) -> list[str]:
     """The trust groups whose pools a process has mapped, by name; what only calls itself a pool does not count.
 
-    :raises OSError: the process is gone, or we may not look.
+    :raises OSError: the process is gone, or we may not look. :raises BackendError: as ``files_of_pools``.
     """
     found: set[str | None] = set()
-    (left,) = np.nonzero(of_pools(mappings))
-    while len(left):
-        sample = mappings[int(left[0])]
+    for rows in files_of_pools(mappings):
         with contextlib.suppress(FileNotFoundError):  # unmapped since
-            found.add(group_at(pid, sample))
-        same = mappings.of_file((os.makedev(sample.dev_major, sample.dev_minor), sample.inode))
-        left = left[~same[left]]
+            found.add(group_at(pid, mappings[int(rows[0])]))
     return sorted(group for group in found if group is not None)
 
 

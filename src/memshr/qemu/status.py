@@ -62,6 +62,7 @@ def status_of(process: GuestProcess) -> GuestStatus:
     state, ram_bytes = "unknown", 0
     mappings, pools = Mappings(b""), list[Mapping]()
     sharing = frames = 0
+    groups = list[str]()
     try:
         mappings = process.mappings()
         with process.monitor() as monitor:
@@ -75,7 +76,6 @@ def status_of(process: GuestProcess) -> GuestStatus:
         unreachable = process.qmp_path is None and not process.libvirt
         reason = guests.NO_SOCKET if unreachable else Refusal(error.args[0], error.remedy or "look again")
         refusals = guests.refusals(process, reason, [])
-    groups: list[str] = []
     try:
         groups = groups_in(process.pid, mappings)
         pools = mappings.of(of_pools(mappings))
@@ -116,7 +116,7 @@ def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[int]]:
     for number, process in enumerate(processes, start=1):
         try:
             groups = groups_in(process.pid, process.mappings())
-        except OSError:  # it has ended, or we may not look: whoever opens it says so
+        except (OSError, BackendError):  # whoever opens it says what is wrong with it
             continue
         if groups:
             found.setdefault(groups[0], []).append(number)
