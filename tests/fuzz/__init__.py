@@ -1,1 +1,1 @@
-"""Fuzzing of the image readers: ``images`` is the harness, ``seeds`` makes what it starts from."""
+"""Fuzzing of what reads bytes of strangers: ``campaign`` searches, ``seeds`` makes what it starts from."""

@@ -134,6 +134,18 @@ def test_estimate_and_its_reports(tmp_path: Path) -> None:
 
 
 @as_root
+def test_reports_into_a_pipe_and_onto_each_other(tmp_path: Path) -> None:
+    image, both, pipe = raw(tmp_path / "a.raw"), tmp_path / "both", tmp_path / "pipe"
+    os.mkfifo(pipe, mode=0o600)
+    memshr = [sys.executable, "-m", "memshr", "estimate", str(image)]
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        subprocess.run([*memshr, "--html", pipe], check=True, stdout=subprocess.DEVNULL)
+        assert reader.communicate()[0].startswith("<!doctype html>")
+    subprocess.run([*memshr, "--html", both, "--csv", both], check=True, stdout=subprocess.DEVNULL)
+    assert both.read_text().startswith("domid,domain,")
+
+
+@as_root
 @pytest.mark.parametrize("command", ["share", "audit"])
 def test_images_in_the_embedded_hypervisor(tmp_path: Path, command: str) -> None:
     folder = root_only(tmp_path / "dumps")
