@@ -65,7 +65,7 @@ def test_guests_of_libvirt_share_and_go_on(
     shared = memshr("share", *sources, "--group", "all", "--json")
     assert (shared.code, shared.err) == (0, "")
     during = json.loads(memshr("status", "--json", *sources).out)
-    assert [each["groups"] for each in during] == [["all"]] * 2
+    assert [each["groups"] for each in during] == [["all (nobody)"]] * 2
     assert all(each["sharing_pages"] > 2000 for each in during)
     for guest in guests:
         guest.wait_rounds(2)
