@@ -117,7 +117,7 @@ _ASKED: dict[str, Callable[[Session], object]] = {
     "run": _run,
     "call": lambda session: session.call(_GETPID),
     "give": _give,
-    "keep": lambda session: session._keep(session.call(_GETPID)),
+    "keep": lambda session: session._kept(session.call(_GETPID)),
     "drop": lambda session: session.drop(8),
     "note": _note,
 }

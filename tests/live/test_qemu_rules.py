@@ -15,7 +15,7 @@ from guests.qtest import QtestGuest
 from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
 from memshr.errors import BackendError, InvariantError, RefusedDomainError, Status
 from memshr.procfs import process_mappings
-from memshr.qemu import lock, pagemap, protection, syscalls
+from memshr.qemu import agent, lock, pagemap, protection, syscalls
 from memshr.qemu.attachment import Attachment, GuestState
 from memshr.qemu.control_area import CONTROL_BYTES, CONTROL_NAME, ControlArea, is_ours
 from memshr.qemu.hypervisor import QemuHypervisor
@@ -472,3 +472,36 @@ def test_guest_that_is_attached_only_because_it_reads_a_frame_gets_the_pool_too(
                 later.detach(domid)
         for guest in guests:
             assert guest.read(FIRST_GFN * PAGE_SIZE, 2 * PAGE_SIZE) == page(1) * 2
+
+
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_descriptor_that_the_agent_has_just_got_ends_with_us(
+    qtest_pair: Pair, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """We die between its getting one and our noting that: the device, the userfaultfd, a pool."""
+    guest = qtest_pair[0]
+
+    def descriptors() -> list[str]:
+        found = [path.readlink() for path in Path(f"/proc/{guest.pid}/fd").iterdir()]
+        return sorted(str(link) for link in found if "memfd:memshr" in str(link) or "userfaultfd" in str(link))
+
+    guest.write(FIRST_GFN * PAGE_SIZE, page(1) * 8)
+    with QtestHost([guest], groups={}):
+        pass
+    wait_until(lambda: not descriptors(), 10, "the agent has closed what it had")
+    kept = agent.Session._kept
+    times: list[int] = []
+
+    def dies(session: agent.Session, number: int) -> None:
+        times.append(number)
+        if len(times) == when:
+            raise KeyboardInterrupt
+        kept(session, number)
+
+    monkeypatch.setattr(agent.Session, "_kept", dies)
+    with pytest.raises(KeyboardInterrupt), QtestHost([guest], groups={}) as host:
+        share(host, pages_of(FIRST, count=4), pages_of(FIRST, FIRST_GFN + 4, 4))
+    monkeypatch.undo()
+    assert len(times) == when
+    wait_until(lambda: not descriptors(), 10, "the agent has closed what it had")
+    guest.write(FIRST_GFN * PAGE_SIZE, b"goes on")

@@ -24,7 +24,10 @@ from memshr.qemu.control_area import (
     COUNT_AT,
     DATA,
     DONE_AT,
+    FORGET,
     IF_EQUAL,
+    KEEP,
+    KEEP_RECEIVED,
     LOCAL_PIECES,
     NOT_EQUAL,
     RECEIVED_AT,
@@ -145,10 +148,23 @@ class AgentThread:
     def _entry(self, number: int, arguments: list[int]) -> int | None:
         if number & IF_EQUAL and not self._is_equal(arguments):
             return NOT_EQUAL
-        number &= 0xFFFF
+        flags, number = number & ~0xFFFF, number & 0xFFFF
         if number == syscalls.NR_EXIT:
             return None
         self.rows += 1
+        if flags & FORGET:
+            self._note(arguments[0], -1)
+        got = self._made(number, arguments)
+        if got is not None and got >= 0 and flags & KEEP:
+            self._note(-1, self.control.get(RECEIVED_AT, "<i")[0] if flags & KEEP_RECEIVED == KEEP_RECEIVED else got)
+        return got
+
+    def _note(self, old: int, new: int) -> None:
+        slots = self.control.slots
+        if old in slots:
+            self.control.set_slot(slots.index(old), new)
+
+    def _made(self, number: int, arguments: list[int]) -> int | None:
         try:
             return self._calls(f"in QEMU: {_NAMES[number]}", lambda: self._call(number, arguments))
         except OSError as error:

@@ -211,7 +211,8 @@ class StandInTarget(Target):
         session = StandInSession(control, ours, guest.agent, self._calls)
         session.deadline_s = guest.deadline_s
         made = guest.memory.open_userfaultfd()
-        session._keep(made)
+        control.set_slot(1, made)
+        session._kept(made)
         session.uffd = os.dup(made)
         session.features = syscalls.UFFD_FEATURE_PAGEFAULT_FLAG_WP | syscalls.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
         if guest.machine.kernel.protects_what_is_not_there:

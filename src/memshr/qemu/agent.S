@@ -15,6 +15,7 @@
         .set SIGMASK, 0x38
         .set EXPECTED_SOCKET, 0xa0
         .set PID, 0xb0
+        .set RECEIVED, 0x190
         .set PIECES, 0x200
         .set STAT, 0x400
         .set STACK_TOP, 0x2000
@@ -175,7 +176,12 @@ entry:  # one system call of a table; one with bit 16 only if the page holds wha
         call    compare
         test    eax, eax
         jne     2f
-1:      movzx   eax, word ptr [r13]
+1:      bt      dword ptr [r13], 19                     # a descriptor that is closed is nobody's to close any more
+        jnc     3f
+        mov     eax, [r13 + 8]
+        mov     ecx, 0xffffffff
+        call    note
+3:      movzx   eax, word ptr [r13]
         mov     rdi, [r13 + 8]
         mov     rsi, [r13 + 16]
         mov     rdx, [r13 + 24]
@@ -184,6 +190,28 @@ entry:  # one system call of a table; one with bit 16 only if the page holds wha
         mov     r9, [r13 + 48]
         syscall
 2:      mov     [r13 + 56], rax
+        bt      dword ptr [r13], 17                     # a descriptor that it made is ours to close from now on
+        jnc     5f
+        test    rax, rax
+        js      5f
+        mov     ecx, eax
+        bt      dword ptr [r13], 18
+        jnc     4f
+        mov     ecx, [rbx + RECEIVED]                   # the one that a message brought
+4:      mov     eax, 0xffffffff
+        call    note
+        mov     rax, [r13 + 56]
+5:      ret
+
+note:   # the first slot that holds eax gets ecx
+        xor     edx, edx
+1:      cmp     [rbx + rdx * 4 + SLOTS], eax
+        je      2f
+        inc     edx
+        cmp     edx, LAST_SLOT
+        jbe     1b
+        ret
+2:      mov     [rbx + rdx * 4 + SLOTS], ecx
         ret
 
 compare: # 0: the bytes at an mmap's address are those of its file; 1: they are not, or one could not be read

@@ -48,6 +48,9 @@ from memshr.qemu.control_area import (
     DATA,
     DONE_AT,
     EXPECTED_SOCKET_AT,
+    FORGET,
+    KEEP,
+    KEEP_RECEIVED,
     LOCAL_PIECES,
     MESSAGE_AT,
     OFFER_AT,
@@ -188,21 +191,22 @@ class Session:
         except FileNotFoundError:
             device = None
         if device is None:
-            made = self.call(syscalls.NR_USERFAULTFD, os.O_CLOEXEC)
+            made = self.call(syscalls.NR_USERFAULTFD | KEEP, os.O_CLOEXEC)
         else:
             try:
                 number = self.give(device)
             finally:
                 os.close(device)
-            made = self.call(syscalls.NR_IOCTL, number, syscalls.USERFAULTFD_IOC_NEW, os.O_CLOEXEC)
-            self.drop(number)
+            made = self.call(syscalls.NR_IOCTL | KEEP, number, syscalls.USERFAULTFD_IOC_NEW, os.O_CLOEXEC)
         if made < 0:
             raise RefusedDomainError(
                 f"guest {name} cannot have a userfaultfd: {os.strerror(-made)}",
                 reasons=["QEMU may not make a userfaultfd"],
                 remedy="run Linux 6.1 or later as root, or set vm.unprivileged_userfaultfd=1",
             )
-        self._keep(made)
+        self._kept(made)
+        if device is not None:
+            self.drop(number)
         self.uffd = syscalls.pidfd_getfd(pidfd, made)
         # SAFETY: the number is QEMU's word. Requests of userfaultfd go to nothing but a userfaultfd.
         if os.fspath(Path(f"/proc/self/fd/{self.uffd}").readlink()) != _UFFD_LINK:
@@ -402,7 +406,7 @@ class Session:
         self.control.put(MESSAGE_AT, "<9Q", 0, 0, header + 0x40, 1, data + RECEIVED_AT - 16, 24, 0, 0, header + 0x58)
         self.control.put(MESSAGE_AT + 0x48, "<Q", 1)
         self.control.put(RECEIVED_AT, "<i", -1)
-        self.post(entries([(syscalls.NR_RECVMSG, sock, header, _MSG_CMSG_CLOEXEC)], results=[1]))
+        self.post(entries([(syscalls.NR_RECVMSG | KEEP_RECEIVED, sock, header, _MSG_CMSG_CLOEXEC)], results=[1]))
         try:
             socket.send_fds(self._wire, [b"\2"], [descriptor])
         except OSError as error:
@@ -411,25 +415,22 @@ class Session:
         (number,) = self.control.get(RECEIVED_AT, "<i")
         if self.done != 1 or number < 0:
             raise AgentCallError("QEMU did not take a descriptor; has it too many open?", errno=24, done=self.done)
-        self._keep(number)
+        self._kept(number)
         return number
 
     def drop(self, number: int) -> None:
         """Have the agent close a descriptor that ``give`` gave it."""
         if number in self._slots[1:]:
-            self._set_slot(self._slots.index(number, 1), -1)
-            self.call(syscalls.NR_CLOSE, number)
+            self._slots[self._slots.index(number, 1)] = -1
+            self.call(syscalls.NR_CLOSE | FORGET, number)
 
-    def _keep(self, number: int) -> None:
+    def _kept(self, number: int) -> None:
+        # The agent has noted it in the first slot that was free: so do we.
         if not 0 <= number < _DESCRIPTORS_END:
             raise AgentCallError(f"QEMU says that it has a descriptor {number}", errno=0, done=0)
         if -1 not in self._slots:
             raise InvariantError("the agent has a thousand descriptors")
-        self._set_slot(self._slots.index(-1), number)
-
-    def _set_slot(self, index: int, number: int) -> None:
-        self._slots[index] = number
-        self.control.set_slot(index, number)
+        self._slots[self._slots.index(-1)] = number
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

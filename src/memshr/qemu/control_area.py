@@ -85,6 +85,13 @@ IF_EQUAL: Final = 0x10000
 """Bit of an entry's number: the call is made only if the bytes at its second word (an address), as many as its third
 word says, are those of the file of its sixth at the offset of its seventh, as in mmap; else its result is NOT_EQUAL."""
 NOT_EQUAL: Final = 1
+KEEP: Final = 0x20000
+"""Bit of an entry's number: the descriptor that the call makes goes into the first slot that is free, by the thread
+itself: if we die just then, nothing stays."""
+KEEP_RECEIVED: Final = 0x60000
+"""As KEEP, for the descriptor that a message has brought (RECEIVED_AT)."""
+FORGET: Final = 0x80000
+"""Bit of an entry's number: its first argument is a descriptor that is taken out of its slot before the call."""
 SIDE_OFFSET: Final = 1 << 30
 """From the control area to the addresses where pages are built before they are moved into place."""
 SIDE_BYTES: Final = 1 << 30
@@ -233,9 +240,14 @@ CODE: Final = bytes.fromhex(
     # entry
     "410fba650010"  # bt [r13+0x0],0x10
     "7309"  # jae entry+0x11
-    "e828000000"  # call compare
+    "e887000000"  # call compare
     "85c0"  # test eax,eax
-    "751f"  # jne entry+0x30
+    "7535"  # jne entry+0x46
+    "410fba650013"  # bt [r13+0x0],0x13
+    "730e"  # jae entry+0x27
+    "418b4508"  # mov eax,[r13+0x8]
+    "b9ffffffff"  # mov ecx,0xffffffff
+    "e84f000000"  # call note
     "410fb74500"  # movzx eax,[r13+0x0]
     "498b7d08"  # mov rdi,[r13+0x8]
     "498b7510"  # mov rsi,[r13+0x10]
@@ -245,6 +257,27 @@ CODE: Final = bytes.fromhex(
     "4d8b4d30"  # mov r9,[r13+0x30]
     "0f05"  # syscall
     "49894538"  # mov [r13+0x38],rax
+    "410fba650011"  # bt [r13+0x0],0x11
+    "7323"  # jae entry+0x75
+    "4885c0"  # test rax,rax
+    "781e"  # js entry+0x75
+    "89c1"  # mov ecx,eax
+    "410fba650012"  # bt [r13+0x0],0x12
+    "7306"  # jae entry+0x67
+    "8b8b90010000"  # mov ecx,[rbx+0x190]
+    "b8ffffffff"  # mov eax,0xffffffff
+    "e805000000"  # call note
+    "498b4538"  # mov rax,[r13+0x38]
+    "c3"  # ret
+    # note
+    "31d2"  # xor edx,edx
+    "39849300a00100"  # cmp [rbx+rdx*4+0x1a000],eax
+    "740b"  # je note+0x16
+    "ffc2"  # inc edx
+    "81faff030000"  # cmp edx,0x3ff
+    "76ed"  # jbe note+0x2
+    "c3"  # ret
+    "898c9300a00100"  # mov [rbx+rdx*4+0x1a000],ecx
     "c3"  # ret
     # compare
     "498b6d08"  # mov rbp,[r13+0x8]
