@@ -290,12 +290,13 @@ class Session:
         """
         last_chance = False
         while self._answer_is_due:
+            if not self.rest_s:  # also if bytes that mean nothing keep coming
+                self._withdraw(last_chance)
+                last_chance = True
             try:
                 self._wire.settimeout(max(self.rest_s, 0.001))
                 answer = self._wire.recv(_ANSWERS, socket.MSG_PEEK)
             except TimeoutError:
-                self._withdraw(last_chance)
-                last_chance = True
                 continue
             except OSError as error:
                 raise ConnectionLostError("QEMU has ended") from error
