@@ -7,7 +7,6 @@ changes page table entries (KSM, reclaim, khugepaged) is switched on for a momen
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import select
 import subprocess
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from guests.ksm import kernel_settings
 from memshr.qemu import syscalls
 from memshr.qemu.pagemap import Entries, Pagemap, is_protected
 
@@ -48,7 +48,6 @@ MADV_POPULATE_WRITE: Final = 23
 MADV_COLLAPSE: Final = 25
 PR_SET_MEMORY_MERGE: Final = 67
 
-KSM: Final = Path("/sys/kernel/mm/ksm")
 KHUGEPAGED: Final = Path("/sys/kernel/mm/transparent_hugepage/khugepaged")
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -241,60 +240,6 @@ class WriteProtection:
         os.close(self.uffd)
 
 
-# Arguments: pairs of a file and what to write into it.
-_RESTORE: Final = """
-trap '' INT TERM HUP
-read -r _
-while [ $# -gt 0 ]; do
-    echo "$2" >"$1"
-    shift 2
-done
-"""
-
-
-@contextmanager
-def _settings(values: dict[Path, str], *, lock: int | None = None) -> Iterator[None]:
-    """Write files of sysfs, in this order; their former contents are written back, the last first.
-
-    A small process of its own does that, at the end of a pipe: also if this one is killed meanwhile. It holds ``lock``
-    until then.
-    """
-    known = [path for path in values if path.exists()]  # older kernels have fewer
-    undo = [word for path in reversed(known) for word in (str(path), path.read_text().strip())]
-    command = ["sh", "-c", _RESTORE, "restore", *undo]
-    kept = () if lock is None else (lock,)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=kept, start_new_session=True) as restorer:
-        assert restorer.stdin is not None
-        try:
-            for path in known:
-                path.write_text(values[path])
-            yield
-        finally:
-            restorer.stdin.close()
-            restorer.wait()
-
-
-@contextmanager
-def ksm_at_work(*, zero_pages: bool = False, run: bool = True) -> Iterator[Path]:
-    """KSM merges what it may, as fast as it can; if it does not ``run``, then not before its switch is written 1.
-
-    Yields the switch. Skips where this kernel has no KSM, or does not let us switch it. It is switched for the whole
-    machine, so keep it short; who else wants to do so waits.
-    """
-    switch = KSM / "run"
-    if not os.access(switch, os.W_OK):
-        pytest.skip("needs a kernel with KSM, and root to switch it on")
-    values = {"pages_to_scan": "100000", "sleep_millisecs": "0", "smart_scan": "0"}
-    values |= {"use_zero_pages": str(int(zero_pages)), "run": str(int(run))}
-    lock = os.open(KSM, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with _settings({KSM / name: value for name, value in values.items()}, lock=lock):
-            yield switch
-    finally:
-        os.close(lock)
-
-
 @contextmanager
 def khugepaged_at_work() -> Iterator[None]:
     """khugepaged looks for huge pages all the time. Skips where it may not work on memory that asks for it."""
@@ -302,7 +247,7 @@ def khugepaged_at_work() -> Iterator[None]:
     if not os.access(KHUGEPAGED / "scan_sleep_millisecs", os.W_OK) or "[never]" in enabled.read_text():
         pytest.skip("needs transparent huge pages to be allowed, and root")
     fast = {"scan_sleep_millisecs": "10", "alloc_sleep_millisecs": "10", "pages_to_scan": "65536"}
-    with _settings({KHUGEPAGED / name: value for name, value in fast.items()}):
+    with kernel_settings({KHUGEPAGED / name: value for name, value in fast.items()}):
         yield
 
 

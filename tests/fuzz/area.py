@@ -107,6 +107,15 @@ def _give(session: Session) -> None:
     assert len(session.scratch(100)) == 100
 
 
+def _make(session: Session) -> None:
+    # The number that the answer names is looked up in this process.
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        session._make_userfaultfd(pidfd, "hostile")
+    finally:
+        os.close(pidfd)
+
+
 def _note(session: Session) -> None:
     # A guest that is attached anew has its ranges noted, besides those that are there.
     session.originals = [*session.originals, Original(1 << 40, 1 << 41, 0, 0, b"")]
@@ -118,6 +127,7 @@ _ASKED: dict[str, Callable[[Session], object]] = {
     "call": lambda session: session.call(_GETPID),
     "give": _give,
     "keep": lambda session: session._kept(session.call(_GETPID)),
+    "make": _make,
     "drop": lambda session: session.drop(8),
     "note": _note,
 }

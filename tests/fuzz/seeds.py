@@ -144,11 +144,14 @@ def area_seeds() -> dict[str, bytes]:
     struct.pack_into(f"<{SLOTS}i", full, 0x1A000, *range(SLOTS))
     huge = bytearray(honest)
     struct.pack_into("<Q", huge, TABLE - DATA + 56, 1 << 62)
+    no_errno = bytearray(honest)
+    struct.pack_into("<q", no_errno, TABLE - DATA + 56, -(1 << 40))
     end = 0x1C000
     return {
         "honest": bytes(honest[: end + 1]),
         "no-socket": bytes(honest[:0x1A000]) + b"\xff\xff\xff\xff" + bytes(honest[0x1A004 : end + 1]),
         "huge-result": bytes(huge[: end + 1]),
+        "no-errno": bytes(no_errno[: end + 1]),
         "full": bytes(full[: end + 1]),
         "no-answer": bytes(honest[:end]),
         "two-answers": bytes(honest[: end + 2]),

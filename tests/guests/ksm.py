@@ -1,26 +1,27 @@
-"""KSM at work for a while, and everything as it was afterwards, whatever happens to us.
+"""Settings of the kernel's own workers for a while, KSM's above all, and everything as it was afterwards.
 
-KSM has one set of settings for the whole host. They are put back by a small process of their own that waits for the end
-of a pipe: at the end of the ``with``, after Ctrl-C, or when this process is killed.
+They are settings of the whole host. A small process of its own puts them back. It waits for the end of a pipe: at the
+end of the ``with``, after Ctrl-C, or when this process is killed.
 """
 
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from guests.kit import MissingPartError, need_root
 
 SETTINGS = Path("/sys/kernel/mm/ksm")
-FULL_SPEED = {"advisor_mode": "none", "pages_to_scan": "100000", "sleep_millisecs": "0", "smart_scan": "0", "run": "1"}
+RUN = SETTINGS / "run"
+FULL_SPEED = {"advisor_mode": "none", "pages_to_scan": "100000", "sleep_millisecs": "0", "smart_scan": "0"}
 """in this order: the advisor would choose pages_to_scan; smart_scan leaves out what was not equal before"""
 
 UNMERGE = "2"
 """written to ``run``: stop, and give every page that was merged a frame of its own"""
 
-# Arguments: pairs of a file and what to write into it. Older kernels lack some of the files.
+# Arguments: pairs of a file and what to write into it.
 RESTORE = """
 trap '' INT TERM HUP
 read -r _
@@ -32,12 +33,39 @@ done
 
 
 @contextmanager
-def ksm_at_work() -> Iterator[None]:
+def kernel_settings(
+    values: Mapping[Path, str], *, first_undo: Sequence[tuple[Path, str]] = (), lock: int | None = None
+) -> Iterator[None]:
+    """Write files of sysfs, in this order; what they said before is written back at the end, the last file first.
+
+    :param values: what to write into each file. A file that this kernel does not have is left out.
+    :param first_undo: what is written at the end before all else.
+    :param lock: a descriptor that stays open until everything is as it was, also if this process is killed.
+    """
+    known = [path for path in values if path.exists()]
+    undo = [*first_undo, *((path, _chosen(path.read_text())) for path in reversed(known))]
+    command = ["sh", "-c", RESTORE, "restore-settings", *(str(word) for pair in undo for word in pair)]
+    kept = () if lock is None else (lock,)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=kept, start_new_session=True) as restorer:
+        assert restorer.stdin is not None
+        try:
+            for path in known:
+                path.write_text(values[path])
+            yield
+        finally:
+            restorer.stdin.close()
+            restorer.wait()
+
+
+@contextmanager
+def ksm_at_work(*, zero_pages: bool = False, run: bool = True) -> Iterator[Path]:
     """KSM scans as fast as it can. One such ``with`` on a host at a time: the others wait.
 
-    Every guest whose RAM is mergeable has its equal pages merged meanwhile, whoever started it. If nothing was merged
-    before, nothing is afterwards.
+    Every process whose memory is mergeable has its equal pages merged meanwhile, whoever started it. If nothing was
+    merged before, nothing is afterwards. Yields KSM's switch, ``/sys/kernel/mm/ksm/run``.
 
+    :param zero_pages: whether pages of zeros become the kernel's zero page.
+    :param run: False: KSM does nothing before its switch is written 1.
     :raises MissingPartError: this kernel has no KSM, or we are not root.
     """
     need_root("KSM's settings")
@@ -46,29 +74,13 @@ def ksm_at_work() -> Iterator[None]:
     folder = os.open(SETTINGS, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        names = [name for name in FULL_SPEED if (SETTINGS / name).exists()]
-        before = {name: _chosen((SETTINGS / name).read_text()) for name in names}
-        undo = [] if int((SETTINGS / "pages_shared").read_text()) else [("run", UNMERGE)]
-        # The advisor after what it chooses, which cannot be written while it is at work.
-        undo += [(name, before[name]) for name in reversed(names) if name != "run"]
-        undo.append(("run", before["run"]))
-        # It has the lock, too, through its copy of the descriptor: nobody is let in before it has done its work.
-        command = [
-            "sh",
-            "-c",
-            RESTORE,
-            "restore-ksm",
-            *(str(word) for name, value in undo for word in (SETTINGS / name, value)),
-        ]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[folder], start_new_session=True) as restorer:
-            assert restorer.stdin is not None
-            try:
-                for name in names:
-                    (SETTINGS / name).write_text(FULL_SPEED[name])
-                yield
-            finally:
-                restorer.stdin.close()
-                restorer.wait()
+        values = {SETTINGS / name: value for name, value in FULL_SPEED.items()}
+        values[SETTINGS / "use_zero_pages"] = str(int(zero_pages))
+        # The switch comes first when all is put back, because a page may be merged until then.
+        values[RUN] = str(int(run))
+        unmerge = [] if int((SETTINGS / "pages_sharing").read_text()) else [(RUN, UNMERGE)]
+        with kernel_settings(values, first_undo=unmerge, lock=folder):
+            yield RUN
     finally:
         os.close(folder)
 

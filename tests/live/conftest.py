@@ -60,14 +60,17 @@ def awake(guests: Sequence[LinuxGuest], programs: Sequence[str]) -> Iterator[Non
 
     A guest that no test uses is paused, because all of them together would keep a small machine busy.
     """
-    for guest in guests:
-        guest.resume()
-    yield
-    for guest in guests:
-        guest.wait_rounds(1, programs)
-    for guest in guests:
-        guest.pause()
-        assert guest.mismatches() == []
+    try:
+        for guest in guests:
+            guest.resume()
+        yield
+        for guest in guests:
+            guest.wait_rounds(1, programs)
+        for guest in guests:
+            assert guest.mismatches() == []
+    finally:
+        for guest in guests:
+            guest.pause()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from guests.ksm import SETTINGS, ksm_at_work
 from guests.machine import wait_until
+from live.parts import needed_parts
 from memshr.qemu import syscalls
 from memshr.qemu.pagemap import mapping_flags, on_frame
 from own_memory import (
@@ -24,7 +26,6 @@ from own_memory import (
     FRAME,
     HUGE,
     KHUGEPAGED,
-    KSM,
     MADV_COLLAPSE,
     MADV_FREE,
     MADV_PAGEOUT,
@@ -35,7 +36,6 @@ from own_memory import (
     OwnMemory,
     WriteProtection,
     khugepaged_at_work,
-    ksm_at_work,
     libc,
     some_swap,
     succeed,
@@ -103,7 +103,7 @@ def test_ksm_drops_the_protection_of_what_it_merges(make: MakeMemory, protection
     protection.protect(memory)
     assert all(memory.protected())
     merged = memory.are_zero if zeros else memory.merged_by_ksm
-    with ksm_at_work(zero_pages=zeros):
+    with needed_parts(), ksm_at_work(zero_pages=zeros):
         memory.advise(syscalls.MADV_MERGEABLE)
         wait_until(lambda: sum(merged()) == 64, DEADLINE_S, "KSM merges 64 equal pages")
     # The first page of a group may become KSM's frame itself, where it is: that one stays protected.
@@ -113,7 +113,7 @@ def test_ksm_drops_the_protection_of_what_it_merges(make: MakeMemory, protection
 def test_ksm_that_was_off_is_no_protection(make: MakeMemory, protection: WriteProtection) -> None:
     memory = make(64)
     memory.write(0, 7, pages=64)
-    with ksm_at_work(run=False) as switch:
+    with needed_parts(), ksm_at_work(run=False) as switch:
         memory.advise(syscalls.MADV_MERGEABLE)
         protection.protect(memory)
         assert all(memory.protected())
@@ -129,10 +129,12 @@ def test_ksm_keeps_away_from_what_is_not_mergeable(make: MakeMemory, protection:
         each.advise(syscalls.MADV_MERGEABLE)
     memory.advise(MADV_UNMERGEABLE)
     protection.protect(memory)
-    with ksm_at_work():
+    with needed_parts(), ksm_at_work():
         wait_until(lambda: all(others.merged_by_ksm()), DEADLINE_S, "KSM merges equal pages beside")
-        scans = int((KSM / "full_scans").read_text())
-        wait_until(lambda: int((KSM / "full_scans").read_text()) >= scans + 2, DEADLINE_S, "KSM looks at all twice")
+        scans = int((SETTINGS / "full_scans").read_text())
+        wait_until(
+            lambda: int((SETTINGS / "full_scans").read_text()) >= scans + 2, DEADLINE_S, "KSM looks at all twice"
+        )
     assert not any(memory.merged_by_ksm())
     assert all(each_told(protection, memory))
 
@@ -142,7 +144,7 @@ def merged_by_ksm(make: MakeMemory) -> Iterator[OwnMemory]:
     """64 equal pages that KSM has merged; it does nothing more."""
     memory = make(64)
     memory.write(0, 7, pages=64)
-    with ksm_at_work() as switch:
+    with needed_parts(), ksm_at_work() as switch:
         memory.advise(syscalls.MADV_MERGEABLE)
         wait_until(lambda: all(memory.merged_by_ksm()), DEADLINE_S, "KSM merges 64 equal pages")
         switch.write_text("0")

@@ -23,9 +23,11 @@ def together(guests: Sequence[Machine]) -> Iterator[QemuHypervisor]:
     """Guests in one trust group; at the end they are as before."""
     processes = [process for guest in guests if (process := inspect_process(guest.pid)) is not None]
     with QemuHypervisor(processes, groups={"all": range(1, len(processes) + 1)}) as hypervisor:
-        yield hypervisor
-        for domain in hypervisor.domains():
-            hypervisor.detach(domain.domid)
+        try:
+            yield hypervisor
+        finally:
+            for domain in hypervisor.domains():
+                hypervisor.detach(domain.domid)
 
 
 def proportional_kib(guest: Machine) -> int:

@@ -29,9 +29,11 @@ def opened(guests: Sequence[LinuxGuest], groups: Mapping[str, Sequence[int]]) ->
     """The guests under the mechanism; at the end they are as before."""
     processes = [process for guest in guests if (process := inspect_process(guest.pid)) is not None]
     with QemuHypervisor(processes, groups=groups) as hypervisor:
-        yield hypervisor
-        for domain in hypervisor.domains():
-            hypervisor.detach(domain.domid)
+        try:
+            yield hypervisor
+        finally:
+            for domain in hypervisor.domains():
+                hypervisor.detach(domain.domid)
 
 
 def run(hypervisor: QemuHypervisor, groups: Mapping[str, Sequence[int]]) -> SharingReport:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from child_process import child
+from guests.ksm import ksm_at_work
 from guests.machine import wait_until
+from live.parts import needed_parts
 from memshr.errors import BackendError, NoSuchDomainError
 from memshr.qemu import pagemap, syscalls
 from memshr.qemu.pagemap import Pagemap, is_protected, is_there, ksm_pages, mapping_flags, on_frame
@@ -29,7 +31,6 @@ from own_memory import (
     SWAPPED,
     OwnMemory,
     WriteProtection,
-    ksm_at_work,
     some_swap,
 )
 
@@ -181,7 +182,7 @@ def test_huge_reads_the_frames_of_a_huge_page_in_one_go(stack: ExitStack, monkey
 @contextmanager
 def merged(memory: OwnMemory, done: Callable[[], bool], *, zero_pages: bool = False) -> Iterator[None]:
     """KSM has merged what it may of some memory, and does nothing more."""
-    with ksm_at_work(zero_pages=zero_pages) as switch:
+    with needed_parts(), ksm_at_work(zero_pages=zero_pages) as switch:
         memory.advise(syscalls.MADV_MERGEABLE)
         wait_until(done, DEADLINE_S, "KSM merges equal pages")
         switch.write_text("0")

@@ -200,20 +200,25 @@ class Session:
             made = self.call(syscalls.NR_IOCTL | KEEP, number, syscalls.USERFAULTFD_IOC_NEW, os.O_CLOEXEC)
         if made < 0:
             raise RefusedDomainError(
-                f"guest {name} cannot have a userfaultfd: {os.strerror(-made)}",
+                f"guest {name} cannot have a userfaultfd: {_reason(made)}",
                 reasons=["QEMU may not make a userfaultfd"],
                 remedy="run Linux 6.1 or later as root, or set vm.unprivileged_userfaultfd=1",
             )
         self._kept(made)
         if device is not None:
             self.drop(number)
-        self.uffd = syscalls.pidfd_getfd(pidfd, made)
-        # SAFETY: the number is QEMU's word. Requests of userfaultfd go to nothing but a userfaultfd.
-        if os.fspath(Path(f"/proc/self/fd/{self.uffd}").readlink()) != _UFFD_LINK:
-            raise ConnectionLostError(f"guest {name} shows another file instead of its userfaultfd")
         wanted = syscalls.UFFD_FEATURE_PAGEFAULT_FLAG_WP | syscalls.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
         wanted |= syscalls.userfaultfd_features() & syscalls.UFFD_FEATURE_WP_UNPOPULATED
-        syscalls.userfaultfd_api(self.uffd, wanted)
+        # SAFETY: the number is QEMU's word. Requests of userfaultfd go to nothing but a userfaultfd, and to a new one.
+        try:
+            self.uffd = syscalls.pidfd_getfd(pidfd, made)
+            is_one = os.fspath(Path(f"/proc/self/fd/{self.uffd}").readlink()) == _UFFD_LINK
+            if is_one:
+                syscalls.userfaultfd_api(self.uffd, wanted)
+        except OSError as error:
+            raise ConnectionLostError(f"guest {name} does not show its userfaultfd: {error.strerror}") from error
+        if not is_one:
+            raise ConnectionLostError(f"guest {name} shows another file instead of its userfaultfd")
         os.set_blocking(self.uffd, False)
         self.features = wanted
 
@@ -338,9 +343,7 @@ class Session:
     def failure(self, done: int, what: str) -> AgentCallError:
         """The error for a table that ended after ``done`` calls."""
         got = self.result(done)
-        number = -got if -4096 < got < 0 else 0
-        text = os.strerror(number) if number else f"unexpected result {got:#x}"
-        return AgentCallError(f"{what}: {text}", errno=number, done=done)
+        return AgentCallError(f"{what}: {_reason(got)}", errno=_errno(got), done=done)
 
     # -- what a call points to -------------------------------------------------------------------------------------
 
@@ -508,6 +511,16 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def _errno(result: int) -> int:
+    # A result is what QEMU lets us read: most numbers are no errno.
+    return -result if -4096 < result < 0 else 0
+
+
+def _reason(result: int) -> str:
+    number = _errno(result)
+    return os.strerror(number) if number else f"unexpected result {result:#x}"
 
 
 def entries(calls: Sequence[tuple[int, ...]], results: Sequence[int]) -> NDArray[np.uint64]:
