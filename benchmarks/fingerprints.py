@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from measure import GIB_PAGES, SIZES_GIB, best_times_s, image_in_page_cache, print_table
-from memshr.sharing.fingerprint import Fingerprinter, Fingerprints, universal_fingerprints
+from memshr.content.fingerprint import Fingerprinter, Fingerprints, universal_fingerprints
 from memshr.types import PAGE_SIZE, PageBytes
 
 

@@ -31,11 +31,11 @@ from guests.kit import LinuxKit, MissingPartError, linux_kit, need_root
 from guests.linux import LinuxGuest
 from guests.machine import GuestFailedError
 from guests.pages import Census, backed_pages, count_pages, mergeable_ranges, used_frames
+from memshr.content.fingerprint import SEED_BITS
 from memshr.qemu.guests import inspect_process
 from memshr.qemu.hypervisor import QemuHypervisor
-from memshr.sharing.fingerprint import SEED_BITS
-from memshr.sharing.groups import trust_groups
 from memshr.sharing.session import share
+from memshr.trust import trust_groups
 from memshr.types import PAGE_SIZE
 
 KSM = Path("/sys/kernel/mm/ksm")

@@ -11,8 +11,8 @@ import numpy as np
 
 from measure import GIB_PAGES, SIZES_GIB, best_times_s, print_table
 from memshr.embedded import EmbeddedHypervisor
-from memshr.sharing.groups import trust_groups
 from memshr.sharing.session import Progress, share
+from memshr.trust import trust_groups
 from memshr.types import PAGE_SIZE, Extent, Gfn, PageBytes
 
 ROUNDS = 4

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from memshr.report.estimate import (
+from memshr.estimation.result import (
     Achievable,
     Content,
     CopiesBand,

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 
+from guests.throwaway import ThrowawayDomains, ThrowawayGuests
 from memshr.testing import CONTRACT, GuestHost, check_hypervisor
 from memshr.xen import Connection, XenHypervisor, connect
 from memshr.xen.names import Names
-from memshr.xen.standin import StandIn
-from memshr.xen.throwaway import ThrowawayDomains, ThrowawayGuests
+from standin.xen import StandIn
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from guests.qtest import QtestGuest
 from kdumpfile import KdumpFile, find_library
 from memshr.errors import ImageError
 from memshr.images import open_image
-from memshr.sources import PageState
+from memshr.pagesource import PageState
 from memshr.types import PAGE_SIZE, PageBytes
 from odd_dumps import Block, configuration, mapped_ram
 

@@ -13,8 +13,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from estimates import ABSENT, HOLE, VOLATILE, ZERO, counted
 from guests.kit import MissingPartError
 from live.parts import needed_parts
-from memshr.report.estimate import Bounds, Estimate, Sample
-from memshr.report.html import write_html
+from memshr.estimation.result import Bounds, Estimate, Sample
+from memshr.render.html import write_html
 
 CHROMIUM = Path("/usr/bin/chromium")
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}

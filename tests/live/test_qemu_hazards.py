@@ -17,7 +17,6 @@ from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.gate import READY, Gate, main_thread_waits, waiting_call
 from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
-from memshr.backends import DEFAULT_MAP_COUNT
 from memshr.errors import (
     HostMemoryError,
     MemshrError,
@@ -27,14 +26,15 @@ from memshr.errors import (
     Status,
 )
 from memshr.procfs import process_mappings
-from memshr.qemu import attachment, books, pagemap, syscalls
+from memshr.qemu import attachment, books, syscalls, target
 from memshr.qemu.agent import Session, entries, is_in_session
 from memshr.qemu.control_area import IF_EQUAL, ControlArea
 from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.qemu.mapping_budget import DEFAULT_MAP_COUNT, MAP_RESERVE
 from memshr.qemu.pool import FramePool
-from memshr.sharing.groups import trust_groups
 from memshr.sharing.session import SharingOptions
 from memshr.sharing.session import share as share_session
+from memshr.trust import trust_groups
 from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, Counters, DomId, Gfn, PageArray
 
 FIRST, SECOND = DomId(1), DomId(2)
@@ -374,7 +374,7 @@ def test_writers_in_the_midst_of_sharing_lose_nothing(host: QtestHost) -> None:
 def test_mappings_are_a_budget(qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sharing every second page of a large guest needs more mappings than a process may have."""
     limit = min(int(Path("/proc/sys/vm/max_map_count").read_text()), DEFAULT_MAP_COUNT)
-    monkeypatch.setattr(pagemap, "map_count_limit", lambda: limit)  # many hosts allow more than a small guest can use
+    monkeypatch.setattr(target, "map_count_limit", lambda: limit)  # many hosts allow more than a small guest can use
     pages = limit + 4000
     with booted(qemu, "mapped", memory_mib=(pages + 2 * FIRST_GFN) * PAGE_SIZE // (1 << 20) + 32) as (guest,):
         fill(guest, page(1), 2)
@@ -387,7 +387,7 @@ def test_mappings_are_a_budget(qemu: Path, monkeypatch: pytest.MonkeyPatch) -> N
             client_handles, _ = host.hypervisor.nominate_gfns(clients)
             statuses = host.hypervisor.share_gfns_many(source, source_handles, clients, client_handles)
             assert set(statuses.tolist()) == {0, Status.ENOMEM}
-            most = limit - attachment.MAP_RESERVE
+            most = limit - MAP_RESERVE
             assert most - 1000 < len(Path(f"/proc/{guest.pid}/maps").read_text().splitlines()) <= most
             assert guest.read((FIRST_GFN + 1) * PAGE_SIZE, 64) == bytes([7]) * 64
             assert host.hypervisor.audit().clean

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 
 from guests.linux import LinuxGuest
 from guests.pages import backed_pages, count_pages
+from memshr.content.fingerprint import SEED_BITS
 from memshr.procfs import process_mappings
 from memshr.qemu.agent import is_in_session
 from memshr.qemu.guests import inspect_process
 from memshr.qemu.hypervisor import QemuHypervisor
-from memshr.sharing.fingerprint import SEED_BITS
-from memshr.sharing.groups import trust_groups
-from memshr.sharing.report import SharingReport
+from memshr.sharing.result import SharingReport
 from memshr.sharing.session import SharingOptions, share
+from memshr.trust import trust_groups
 
 MOST_PAGES_OUTSIDE = 2000
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from memshr.errors import ImageError
 from memshr.images import MemoryImage, open_image
-from memshr.sources import PageState
+from memshr.pagesource import PageState
 from memshr.types import MAX_GFN_BITS
 from odd_cores import PAGE, Header, Segment, core, pattern
 from odd_dumps import PACKERS, Block, Packed, flattened, in_pieces, kdump, mapped_ram, packed

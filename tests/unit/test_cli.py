@@ -18,7 +18,7 @@ from memshr.errors import InvariantError
 from memshr.images import open_image
 from memshr.types import DomId, Gfn, PageBytes
 from memshr.xen import XenHypervisor
-from memshr.xen.standin import StandIn, open_stand_in
+from standin.xen import StandIn, open_stand_in
 
 PAGE_SIZE = 4096
 
@@ -268,7 +268,7 @@ def test_log_tells_of_a_session_and_of_an_error(memshr: CommandLine, images: tup
     assert memshr("--log", log, "share", *images, "--group", "web=a.raw,b.raw").err == ""
     text = log.read_text()
     for words in (
-        f"memshr.backends {os.getpid()} domain 1 is image {images[0]}, format raw",
+        f"memshr.opening.images {os.getpid()} domain 1 is image {images[0]}, format raw",
         "group web: 2 domains",
         "group web: scan, 13 pages",
         "group web: share, 8 pages",
@@ -380,7 +380,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> XenHypervisor:
         domid = played.embedded.create_domain(name, 6)
         for gfn in range(4):
             played.embedded.write(domid, Gfn(gfn), bytes([gfn // 2]) * PAGE_SIZE)
-    for module in ("cli.share", "cli.audit", "cli.status", "backends"):
+    for module in ("cli.share", "cli.audit", "cli.status", "opening.hosts", "opening.xen"):
         monkeypatch.setattr(f"memshr.{module}.open_xen", lambda: contextlib.nullcontext(xen))
     return xen
 

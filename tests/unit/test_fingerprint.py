@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshr.sharing.fingerprint import SEED_BITS, SEGMENTS, WORDS, Fingerprinter, universal_fingerprints
+from memshr.content.fingerprint import SEED_BITS, SEGMENTS, WORDS, Fingerprinter, universal_fingerprints
 from memshr.types import PAGE_SIZE, PageBytes
 
 seeds = st.integers(0, 2**SEED_BITS - 1)

@@ -15,7 +15,7 @@ import pytest
 from kdumpfile import KdumpFile, find_library
 from memshr.errors import ImageError
 from memshr.images import open_image
-from memshr.sources import PageState
+from memshr.pagesource import PageState
 from odd_cores import pattern, write
 from odd_dumps import (
     END,

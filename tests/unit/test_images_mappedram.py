@@ -9,7 +9,7 @@ import pytest
 
 from memshr.errors import ImageError
 from memshr.images import MemoryImage, open_image
-from memshr.sources import PageState
+from memshr.pagesource import PageState
 from odd_cores import pattern, write
 from odd_dumps import PAGE, Block, configuration, mapped_ram, subsection
 from peak_memory import peak_growth_bytes

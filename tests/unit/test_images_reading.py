@@ -15,7 +15,7 @@ import pytest
 from memshr.errors import BackendError, ImageError
 from memshr.images import FORMATS, MemoryImage, open_image, reading
 from memshr.images.file import RUN, ZEROS, ImageFile, Layout, Unpacked, checked_runs, runs_of
-from memshr.sources import PageSource, PageState
+from memshr.pagesource import PageSource, PageState
 from memshr.types import PAGE_SIZE, PageBytes
 from odd_cores import PAGE, Segment, core, pattern, write
 

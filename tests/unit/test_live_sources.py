@@ -12,12 +12,12 @@ import pytest
 import memshr
 from child_process import Child, child
 from command_line import CommandLine
-from memshr.domainsource import DomainSource
 from memshr.embedded import EmbeddedHypervisor
 from memshr.errors import ImageError, MemshrError, NoSuchDomainError
 from memshr.images.process import ProcessSource
+from memshr.opening.domain_source import DomainSource
+from memshr.pagesource import PageSource, PageState
 from memshr.procfs import ProcessMemory
-from memshr.sources import PageSource, PageState
 from memshr.types import PAGE_SIZE, DomId, Extent, Gfn, PageArray
 
 

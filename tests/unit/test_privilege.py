@@ -14,7 +14,7 @@ from image_writers import avml, cloud_hypervisor, firecracker, vmware, write_fil
 from memshr import opened, privilege
 from memshr.errors import MemshrError
 from memshr.images import hold_image, open_image
-from memshr.report.files import FileWriter
+from memshr.render.files import FileWriter
 from odd_cores import pattern, write
 from odd_dumps import kdump, packed
 
@@ -27,7 +27,8 @@ _SPYING = """
 import json, os, sys
 from pathlib import Path
 from memshr import privilege
-from memshr.report import estimate, html_page, matrix
+from memshr.estimation import result
+from memshr.render import html_page, matrix
 import memshr.images
 
 def tell(where):
@@ -65,7 +66,7 @@ for row in memshr.images.FORMATS:
         setattr(type(row), method, spied('image', getattr(type(row), method)))
 html_page.page = spied('html', html_page.page)
 matrix.matrix_csv = spied('csv', matrix.matrix_csv)
-estimate.json.loads = spied('json', json.loads)
+result.json.loads = spied('json', json.loads)
 
 from memshr.cli.main import main
 main()

@@ -362,8 +362,8 @@ def test_closing_leaves_logging_as_it_was() -> None:
 
 LIBRARY = """
 import logging, sys
-import memshr.sharing.session, memshr.backends
-logger = logging.getLogger("memshr.backends")
+import memshr.sharing.session, memshr.opening.sources
+logger = logging.getLogger("memshr.opening.sources")
 assert not logger.isEnabledFor(logging.INFO)
 logger.critical("loud")
 assert "memshr.record" not in sys.modules

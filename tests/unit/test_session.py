@@ -13,14 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from memshr.content.fingerprint import Fingerprinting, FingerprintPages, Fingerprints
 from memshr.embedded import EmbeddedHypervisor
 from memshr.errors import ConnectionLostError, InvariantError, MemshrError
 from memshr.hypervisor import Capability
-from memshr.sharing.fingerprint import Fingerprints
-from memshr.sharing.groups import Group
-from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, SharingReport
-from memshr.sharing.scan import FingerprintPages
-from memshr.sharing.session import Fingerprinting, Progress, SharingOptions, share
+from memshr.sharing.result import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, SharingReport
+from memshr.sharing.session import Progress, SharingOptions, share
+from memshr.trust import Group
 from memshr.types import (
     HUGE_PAGE_PAGES,
     PAGE_SIZE,

@@ -15,17 +15,17 @@ import pytest
 
 from command_line import CommandLine
 from memshr import errors
+from memshr.content.fingerprint import SEED_BITS
 from memshr.embedded.hypervisor import SHARING_RING_PFN
 from memshr.errors import CallError, MemshrError, Status
-from memshr.sharing.fingerprint import SEED_BITS
-from memshr.sharing.groups import Group
-from memshr.sharing.report import SharingReport
+from memshr.sharing.result import SharingReport
 from memshr.sharing.session import SharingOptions, share
+from memshr.trust import Group
 from memshr.types import PAGE_SIZE, DomainKind, DomId, Gfn, Handle, PageArray, RingRequest
 from memshr.xen import XenHypervisor, audit, connect, search
 from memshr.xen.mappings import Mappings
 from memshr.xen.names import Names
-from memshr.xen.standin import Build, StandIn, open_stand_in
+from standin.xen import Build, StandIn, open_stand_in
 
 SHARING = [Build.DEBUG, Build.RELEASE]
 
@@ -73,7 +73,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[StandIn], None]:
             with open_stand_in(played) as xen:
                 yield xen
 
-        for module in ("cli.share", "cli.audit", "cli.status", "backends"):
+        for module in ("cli.share", "cli.audit", "cli.status", "opening.hosts", "opening.xen"):
             monkeypatch.setattr(f"memshr.{module}.open_xen", opened)
 
     return put

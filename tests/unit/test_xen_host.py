@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from guests.throwaway import ThrowawayDomains, ThrowawayGuests
 from memshr import errors
+from memshr.content.fingerprint import SEED_BITS
 from memshr.errors import MemshrError, Status
 from memshr.hypervisor import Capability
-from memshr.sharing.fingerprint import SEED_BITS
-from memshr.sharing.groups import Group
 from memshr.sharing.session import SharingOptions, share
 from memshr.testing import FAULTS, check_hypervisor
+from memshr.trust import Group
 from memshr.types import PAGE_SIZE, DomainKind, DomId, Gfn, Handle, PageArray
 from memshr.xen import XenHypervisor, connect, runs_xen
 from memshr.xen.audit import Auditor
@@ -25,8 +26,7 @@ from memshr.xen.groups import Groups
 from memshr.xen.libxc import RELEASES, DominfFlag, Libxc, Release
 from memshr.xen.mappings import BATCH_PAGES
 from memshr.xen.names import Names
-from memshr.xen.standin import Build, StandIn, open_stand_in
-from memshr.xen.throwaway import ThrowawayDomains, ThrowawayGuests
+from standin.xen import Build, StandIn, open_stand_in
 
 SELFTEST = Path(__file__).parents[2] / "tools" / "xen-selftest"
 

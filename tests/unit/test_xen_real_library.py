@@ -16,7 +16,8 @@ from memshr.xen import runs_xen
 from memshr.xen.libxc import Release
 from xen_headers import INCLUDE, release_of_headers
 
-DEVICE = Path(__file__).parents[1] / "xen_privcmd.c"
+TESTS = Path(__file__).parents[1]
+DEVICE = TESTS / "xen_privcmd.c"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,11 @@ class OnTheDevice:
             "from memshr.xen import open_host, connect\nimport numpy as np\nfrom memshr.types import *\n"
             "from memshr.errors import *\nhost = open_host()\n"
         )
-        environment = os.environ | {"LD_PRELOAD": str(self._device), "PRIVCMD_LOG": str(self._log)}
+        environment = os.environ | {
+            "LD_PRELOAD": str(self._device),
+            "PRIVCMD_LOG": str(self._log),
+            "PYTHONPATH": os.fspath(TESTS),
+        }
         command = [sys.executable, "-W", "error", "-c", head + script]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
@@ -198,7 +203,7 @@ def test_the_audit_asks_xen_and_counts(on_the_device: OnTheDevice) -> None:
 
 def test_a_throw_away_domain_is_made_step_by_step(on_the_device: OnTheDevice) -> None:
     _, calls = on_the_device.run(
-        "from memshr.xen.throwaway import ThrowawayDomains\n"
+        "from guests.throwaway import ThrowawayDomains\n"
         "connection = connect()\n"
         "with ThrowawayDomains(connection) as domains:\n"
         "    domid = domains.create(20, slack_pages=44)\n"

@@ -10,7 +10,7 @@ from memshr.errors import BusyPageError
 from memshr.replay import replay, trace
 from memshr.types import AuditReport, Counters, DomainInfo, DomId, Gfn, GrantRef, Handle, RingRequest
 from memshr.xen import XenHypervisor, audit
-from memshr.xen.standin import StandIn, open_stand_in
+from standin.xen import StandIn, open_stand_in
 
 TRACES = Path(__file__).parents[1] / "traces"
 CRASHES = "merge_group_with_third_domain_"

@@ -9,14 +9,17 @@ from functools import partial
 import click
 import numpy as np
 
-from memshr.backends import SourceKind, kind_of, open_guests, open_images, open_xen, select_guests
 from memshr.cli.options import print_json, sharing_options
 from memshr.cli.rights import given_up
-from memshr.cli.session import run_session
+from memshr.cli.running import run_session
 from memshr.cli.share import guest_groups
 from memshr.embedded import EmbeddedHypervisor
 from memshr.images import open_image
-from memshr.report.wording import printable
+from memshr.opening.grammar import SourceKind, kind_of
+from memshr.opening.guests import open_guests, select_guests
+from memshr.opening.images import open_images
+from memshr.opening.xen import open_xen
+from memshr.render.wording import printable
 from memshr.sharing.session import SharingOptions
 from memshr.types import AuditReport, DomId, Gfn, page_buffer
 

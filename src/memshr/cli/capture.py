@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 
 from memshr.cli.options import as_json, print_json
-from memshr.cli.session import mib, progress_bar
+from memshr.cli.running import progress_bar
 from memshr.errors import MemshrError
 from memshr.images.capture import capture_process
+from memshr.render.wording import mib
 
 
 @click.command()

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 import click
 
-from memshr.backends import EMBEDDED, embedded_images, open_host
 from memshr.cli.options import as_json
 from memshr.errors import MemshrError, Status
 from memshr.hypervisor import Hypervisor
+from memshr.opening.grammar import EMBEDDED, embedded_images
+from memshr.opening.hosts import open_host
 from memshr.replay import OPERATIONS, Answer, Operations, ScriptError, parse_line
 
 _INFO = "info"

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import click
 
-from memshr.backends import open_images
 from memshr.cli.options import as_json, print_json
-from memshr.cli.session import exit_with, mib, print_report, run_session
+from memshr.cli.running import exit_with, run_session
 from memshr.embedded import EmbeddedHypervisor
 from memshr.errors import BackendError, InvariantError
 from memshr.images.capture import capture_process
+from memshr.opening.images import open_images
+from memshr.render.sharing_text import print_report
+from memshr.render.wording import mib
 from memshr.types import Gfn, PageRef
 
 _LIMIT_BYTES = 1 << 30

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import click
 
-from memshr.backends import only_images
-from memshr.cli.estimate_text import print_estimate
 from memshr.cli.options import print_json, sharing_options
 from memshr.cli.report_files import report_files, write_reports
 from memshr.cli.rights import given_up
-from memshr.cli.session import progress_bar
-from memshr.estimates import estimate as estimate_sources
-from memshr.report.analysis import Progress
+from memshr.cli.running import progress_bar
+from memshr.estimation.analysis import Progress
+from memshr.estimation.estimate import estimate as estimate_sources
+from memshr.opening.grammar import only_images
+from memshr.render.estimate_text import print_estimate
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from memshr.backends import open_guests, select_guests
 from memshr.cli.options import as_json, guests, print_json, reserve_mib
-from memshr.cli.session import mib, not_to_be_stopped
-from memshr.report.wording import printable
+from memshr.cli.running import not_to_be_stopped
+from memshr.opening.guests import open_guests, select_guests
+from memshr.render.wording import mib, printable
 
 if TYPE_CHECKING:
     from memshr.qemu.books import GuestFigures

@@ -16,7 +16,7 @@ import click
 from memshr import privilege
 from memshr.errors import InvariantError, MemshrError
 from memshr.record import Record
-from memshr.report.wording import printable
+from memshr.render.wording import printable
 
 _log = logging.getLogger(__name__)
 

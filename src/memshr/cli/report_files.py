@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
-from memshr.report.estimate import Estimate
-from memshr.report.files import WriteFile, write_file
-from memshr.report.html import check_html_libraries, write_html
-from memshr.report.matrix import write_csv
+from memshr.estimation.result import Estimate
+from memshr.render.files import WriteFile, write_file
+from memshr.render.html import check_html_libraries, write_html
+from memshr.render.matrix import write_csv
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

@@ -12,15 +12,21 @@ from collections.abc import Iterator, Sequence
 
 from memshr import opened, privilege
 from memshr.errors import MemshrError, printable
+from memshr.estimation.guesses import hold_file
 from memshr.images import hold_image
-from memshr.report.files import FileWriter, WriteFile, write_file
-from memshr.report.guesses import hold_file
-from memshr.report.html import load_html_libraries
+from memshr.render.files import FileWriter, WriteFile, write_file
+from memshr.render.html import load_html_libraries
 
 _log = logging.getLogger(__name__)
 
 _LOADED_BEFORE = (
-    *("memshr.backends", "memshr.embedded", "memshr.qemu.attachment", "memshr.images.process"),
+    *(
+        "memshr.opening.hosts",
+        "memshr.opening.sources",
+        "memshr.embedded",
+        "memshr.qemu.attachment",
+        "memshr.images.process",
+    ),
     *("numpy.ma", "numpy.random", "rich._emoji_codes"),
 )
 """What commands import when they need it. ``nobody`` may not be able to read where memshr is installed."""

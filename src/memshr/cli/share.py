@@ -10,22 +10,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from memshr.backends import (
-    SourceKind,
-    kind_of,
-    open_guests,
-    open_images,
-    open_xen,
-    select_guests,
-    sharable_domains,
-    unseen,
-)
 from memshr.cli.options import huge_pages, huge_share, print_json, reserve_mib, sharing_options
-from memshr.cli.session import exit_with, mib, not_to_be_stopped, print_report, run_session, say
+from memshr.cli.running import exit_with, not_to_be_stopped, run_session, say
 from memshr.errors import RefusedDomainError
-from memshr.report.wording import printable
-from memshr.sharing.groups import EVERY_DOMAIN, trust_groups
+from memshr.opening.grammar import SourceKind, kind_of
+from memshr.opening.guests import open_guests, select_guests
+from memshr.opening.images import open_images
+from memshr.opening.xen import open_xen, sharable_domains, unseen
+from memshr.render.sharing_text import print_report
+from memshr.render.wording import mib, printable
 from memshr.sharing.session import SharingOptions
+from memshr.trust import EVERY_DOMAIN, trust_groups
 from memshr.types import HUGE_PAGE_PAGES, PAGE_SIZE, DomId
 
 if TYPE_CHECKING:

@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from memshr.backends import SourceKind, kind_of, open_xen, select_domains, select_guests
 from memshr.cli.options import as_json, print_json
-from memshr.cli.session import mib, shown
 from memshr.errors import NoSuchDomainError
-from memshr.report.wording import printable
+from memshr.opening.grammar import SourceKind, kind_of
+from memshr.opening.guests import select_guests
+from memshr.opening.xen import open_xen, select_domains
+from memshr.render.console import shown
+from memshr.render.wording import mib, printable
 
 if TYPE_CHECKING:
     from memshr.qemu.status import GuestStatus

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from memshr.images.file import ZEROS, ImageFile, Layout, offset_goes_on
 from memshr.images.reading import MAP_NORESERVE, PageReader, mapped
-from memshr.sources import PageState, Rows
+from memshr.pagesource import PageState, Rows
 from memshr.types import PAGE_SIZE, Extent, Gfn, PageBytes
 
 _FEW_PAGES = 8
@@ -23,7 +23,7 @@ _FEW_PAGES = 8
 
 
 class MemoryImage:
-    """An open memory image. ``open_image`` makes them; it is a context manager, and a ``PageSource`` (``sources.py``).
+    """An open memory image: a context manager, and a ``PageSource`` (``pagesource.py``). ``open_image`` makes them.
 
     ``read_run`` and ``read`` copy pages out of the file, and a file that is cut short meanwhile is an ImageError.
 

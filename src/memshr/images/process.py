@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from memshr.errors import ImageError
 from memshr.images.capture import is_captured
+from memshr.pagesource import PageState, Rows
 from memshr.procfs import ProcessMemory
-from memshr.sources import PageState, Rows
 from memshr.types import PAGE_SHIFT, PageBytes
 
 
 class ProcessSource:
-    """The private memory of a process, as a ``PageSource`` (``sources.py``). A context manager.
+    """The private memory of a process, as a ``PageSource`` (``pagesource.py``). A context manager.
 
     :raises ImageError: there is no such process, or it has no private memory.
     :raises PermissionDeniedError: this user may not read it.

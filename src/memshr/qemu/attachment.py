@@ -48,6 +48,7 @@ from memshr.qemu.control_area import NOT_EQUAL, Original
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.injection import Injector
 from memshr.qemu.interrupts import uninterrupted
+from memshr.qemu.mapping_budget import MAP_RESERVE
 from memshr.qemu.pool import FramePool, files_of_pools
 from memshr.qemu.ram import GuestRam, Pages
 from memshr.qemu.tables import Kept, Table
@@ -63,9 +64,6 @@ BATCH_PAGES: Final = BATCH_ENTRIES
 """Pages that are in flight together, for the same reason: each may be an isolated one."""
 MOVED_PAGES: Final = 1024
 """Pages of one run that a table copies back into memory of their own."""
-
-MAP_RESERVE: Final = 2048
-"""Mappings that QEMU is left for itself."""
 
 MAPPING_OVER_IS_SAFE = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2]) >= (6, 9)
 """Whether an mmap(MAP_FIXED) that fails leaves what was there. Before Linux 6.9 it may leave a hole: there mappings are

@@ -309,8 +309,3 @@ def host_available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def map_count_limit() -> int:
-    """How many mappings a process may have (``vm.max_map_count``)."""
-    return int(Path("/proc/sys/vm/max_map_count").read_text())

@@ -27,6 +27,7 @@ from memshr.qemu.control_area import ControlArea
 from memshr.qemu.guests import GuestProcess, RamRange
 from memshr.qemu.identity import identity_of
 from memshr.qemu.injection import Injector
+from memshr.qemu.mapping_budget import map_count_limit
 from memshr.qemu.monitor import Monitor
 from memshr.qemu.pagemap import Pagemap
 from memshr.types import PAGE_SIZE, DomId, PageBytes
@@ -105,7 +106,7 @@ class Target:
 
     def mappings_left(self) -> int:
         """How many more mappings it may have."""
-        return pagemap.map_count_limit() - count_mappings(self.pid)
+        return map_count_limit() - count_mappings(self.pid)
 
     def flags_at(self, hva: int) -> frozenset[str]:
         """The VmFlags of the mapping at an address."""

@@ -10,10 +10,10 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.sharing.candidates import Classes
-from memshr.sharing.groups import Group
-from memshr.sharing.overlap import overlap, run_starts
-from memshr.sharing.report import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, PairReport, SharingReport
+from memshr.content.classes import Classes
+from memshr.content.overlap import overlap, run_starts
+from memshr.sharing.result import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, PairReport, SharingReport
+from memshr.trust import Group
 from memshr.types import AuditReport, DomId, DomIds, Handles, PageArray
 
 _DOMID_BITS = 16

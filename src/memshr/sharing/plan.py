@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.sharing.candidates import Classes
-from memshr.sharing.overlap import run_starts
+from memshr.content.classes import Classes
+from memshr.content.overlap import run_starts
 from memshr.types import DomIds, Handles
 
 Places = NDArray[np.intp]

@@ -9,12 +9,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.content.fingerprint import FingerprintPages, Fingerprints
 from memshr.errors import NotSharableError, Status
 from memshr.hypervisor import NOT_BACKED, Hypervisor, error_of
-from memshr.sharing.fingerprint import Fingerprints
 from memshr.types import DomId, Gfn, Gfns, PageArray, PageBytes, page_buffer
-
-FingerprintPages = Callable[[PageBytes], Fingerprints]
 
 _SCATTERED_RUN_PAGES = 256
 """Runs that are shorter than this on average are read page by page in one call, not run by run in many."""

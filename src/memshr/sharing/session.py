@@ -26,13 +26,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.content.classes import Classes, Rows, classify, repeated
+from memshr.content.fingerprint import (
+    ZERO_PAGE_FINGERPRINT,
+    Fingerprinter,
+    Fingerprinting,
+    FingerprintPages,
+    Fingerprints,
+    universal_fingerprints,
+)
+from memshr.content.overlap import run_starts
 from memshr.errors import (
     CallError,
     DomainDyingError,
@@ -44,14 +54,11 @@ from memshr.errors import (
     Status,
 )
 from memshr.hypervisor import Capability, Hypervisor, error_of
-from memshr.sharing.candidates import Classes, Rows, classify, repeated
 from memshr.sharing.figures import GroupFigures, sharing_report
-from memshr.sharing.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprinter, Fingerprints, universal_fingerprints
-from memshr.sharing.groups import Group
-from memshr.sharing.overlap import run_starts
 from memshr.sharing.plan import Places, who_goes_where
-from memshr.sharing.report import SharingReport
-from memshr.sharing.scan import FingerprintPages, Scan, Scanner
+from memshr.sharing.result import SharingReport
+from memshr.sharing.scan import Scan, Scanner
+from memshr.trust import Group
 from memshr.types import (
     HUGE_PAGE_PAGES,
     PAGE_SIZE,
@@ -105,9 +112,6 @@ class Progress:
     phase: str
     done_pages: int
     total_pages: int
-
-
-Fingerprinting = Callable[[int], AbstractContextManager[FingerprintPages]]
 
 
 def share(

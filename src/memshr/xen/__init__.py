@@ -4,8 +4,8 @@
 hypervisor and checks both, ``mappings`` maps pages of domains to read them, ``search`` finds where they are,
 ``groups`` remembers which pages are on one frame, ``ring`` is the page through which Xen asks for memory, ``names``
 asks xenstore for names, ``hypervisor`` is the seam on them, and ``audit`` counts Xen's books once more from outside,
-with ``bulk`` for many questions at once. ``throwaway`` makes domains to test with, and ``standin`` plays the library on
-machines without Xen.
+with ``bulk`` for many questions at once. ``domains`` makes a domain without memory for a question that
+needs one.
 """
 
 from memshr.xen.connection import Connection, HostFacts, connect, runs_xen

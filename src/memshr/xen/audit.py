@@ -14,18 +14,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from memshr import errors
-from memshr.types import AuditFinding, AuditReport, DomainInfo, DomId
+from memshr.types import AuditFinding, AuditReport, Counters, DomainInfo, DomId
 from memshr.xen.bulk import CALLS, Bulk
 from memshr.xen.search import NEAR_PAGES, SPREAD
 
 if TYPE_CHECKING:
     from memshr.xen.connection import Connection
-    from memshr.xen.hypervisor import XenHypervisor
 
 PATIENCE_S = 30.0
 """Seconds that our count takes unless somebody has more patience. A debug build of Xen writes two lines to its console
@@ -44,6 +43,22 @@ _SAID = (
     ("Mismatched counts", "I4"),
     ("shared mfns, found", "I6"),
 )
+
+
+class AuditedHost(Protocol):
+    """What an audit asks of the mechanism (``XenHypervisor`` says what each of these does)."""
+
+    def domains(self) -> list[DomainInfo]:
+        """Every domain."""
+
+    def counters(self) -> Counters:
+        """Xen's own counters."""
+
+    def sharing_enabled(self, domid: DomId) -> bool | None:
+        """Whether sharing is enabled on a domain; None: nobody can tell."""
+
+    def maximum_gfn(self, domid: DomId) -> int:
+        """The highest gfn that was ever populated."""
 
 
 class Console:
@@ -82,7 +97,7 @@ class Auditor:
     :param patience_s: how long our count may take; Xen's walk takes what it takes.
     """
 
-    def __init__(self, hypervisor: XenHypervisor, connection: Connection, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, hypervisor: AuditedHost, connection: Connection, patience_s: float = PATIENCE_S) -> None:
         self._hypervisor = hypervisor
         self._connection = connection
         self._patience_s = patience_s

@@ -46,13 +46,13 @@ from memshr.types import (
 from memshr.xen import libxc
 from memshr.xen.audit import PATIENCE_S, Auditor
 from memshr.xen.connection import Connection, HostFacts
+from memshr.xen.domains import EmptyDomains
 from memshr.xen.groups import Groups, Page
 from memshr.xen.libxc import RELEASES, DominfFlag
 from memshr.xen.mappings import Mappings
 from memshr.xen.names import Names
 from memshr.xen.ring import SharingRing
 from memshr.xen.search import Search
-from memshr.xen.throwaway import ThrowawayDomains
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class XenHypervisor:
         self._newest_handle = 0  # that Xen was seen to give out
         self._forks: dict[int, int] = {}  # child -> parent, as far as they were made here
         self._responses: dict[int, int] = {}  # domid -> what has been answered so far, of rings that were enabled here
-        self._asker: ThrowawayDomains | None = None
+        self._asker: EmptyDomains | None = None
         self.unseen_pages: dict[DomId, int] = {}
         """Of domains that were looked over: pages that they have, and that were not found."""
         self._sharing = self._is_built_in()
@@ -468,9 +468,9 @@ class XenHypervisor:
         # A domain without memory that exists to be named first. It never runs.
         if self._asker is not None or not self._sharing:
             return None
-        self._asker = ThrowawayDomains(self._connection)
+        self._asker = EmptyDomains(self._connection)
         try:
-            domid = self._asker.create(0)
+            domid = self._asker.create_empty()
         except errors.BackendError:
             self.dismiss_asker()
             return None

@@ -1,0 +1,1 @@
+"""Opens what a user names. Each mechanism is imported when it is asked for."""
