@@ -11,7 +11,7 @@ import numpy as np
 
 from measure import GIB_PAGES, SIZES_GIB, best_times_s, print_table
 from memshr.embedded import EmbeddedHypervisor
-from memshr.sharing.session import Progress, share
+from memshr.sharing.session import SharingProgress, share
 from memshr.trust import trust_groups
 from memshr.types import PAGE_SIZE, Extent, Gfn, PageBytes
 
@@ -65,7 +65,7 @@ def _session(images: list[PageBytes]) -> Counter[str]:
     seconds: Counter[str] = Counter()
     last = time.perf_counter()
 
-    def note(progress: Progress | None) -> None:
+    def note(progress: SharingProgress | None) -> None:
         nonlocal last
         now = time.perf_counter()
         seconds[progress.phase if progress else "end"] += now - last  # type: ignore[assignment]  # floats, which Counter adds as well

@@ -22,7 +22,7 @@ def _key(path: AnyPath) -> str:
     return str(Path(path).absolute())
 
 
-def hold(path: AnyPath, descriptor: int) -> None:
+def keep(path: AnyPath, descriptor: int) -> None:
     """Keep an open file for whoever asks for ``path`` from now on.
 
     :param descriptor: open for reading; owned by this module from now on.
@@ -33,7 +33,7 @@ def hold(path: AnyPath, descriptor: int) -> None:
         os.close(before)
 
 
-def hold_folder(path: AnyPath, files: Iterable[Path] = ()) -> None:
+def keep_folder(path: AnyPath, files: Iterable[Path] = ()) -> None:
     """Remember that ``path`` is a folder, and which files of it readers are to find when they look for others.
 
     :param files: those that are held, too; others of the folder are not found.

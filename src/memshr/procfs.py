@@ -44,7 +44,7 @@ _PRESENT_OR_SWAPPED = np.uint64(3 << 62)
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
+class Vma:
     """One line of /proc/PID/maps: the addresses ``start`` up to, not including, ``end``.
 
     ``path`` is what the kernel prints: a file (a line end in it reads ``\\012``, and a file that was removed ends in
@@ -69,10 +69,10 @@ class Mapping:
         return (self.end - self.start) >> PAGE_SHIFT
 
 
-class Mappings(Sequence[Mapping]):
+class Vmas(Sequence[Vma]):
     """The lines of /proc/PID/maps, as columns: made for the tens of thousands of mappings that a shared guest has.
 
-    A ``Mapping`` is made when one is asked for.
+    A ``Vma`` is made when one is asked for.
 
     :param maps: contents of /proc/PID/maps.
     :raises ValueError: a line is not of the form that the kernel writes.
@@ -152,14 +152,14 @@ class Mappings(Sequence[Mapping]):
         return len(self.start)
 
     @overload
-    def __getitem__(self, index: int) -> Mapping: ...
+    def __getitem__(self, index: int) -> Vma: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Mapping]: ...
-    def __getitem__(self, index: int | slice) -> Mapping | list[Mapping]:
+    def __getitem__(self, index: slice) -> list[Vma]: ...
+    def __getitem__(self, index: int | slice) -> Vma | list[Vma]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
         flags = self.flags[index].tobytes()
-        return Mapping(
+        return Vma(
             start=int(self.start[index]),
             end=int(self.end[index]),
             readable=flags[0:1] == b"r",
@@ -213,7 +213,7 @@ class Mappings(Sequence[Mapping]):
         """Which lines have a path that is ``wanted``, shape ``(n,)``; asked once for each different path."""
         return np.array([wanted(path) for path in self.paths], dtype=np.bool_)[self.name]
 
-    def of(self, which: NDArray[np.bool_]) -> list[Mapping]:
+    def of(self, which: NDArray[np.bool_]) -> list[Vma]:
         """The mappings of these lines."""
         return [self[row] for row in np.flatnonzero(which).tolist()]
 
@@ -237,7 +237,7 @@ _DIGITS = np.full(256, 255, dtype=np.uint8)
 _DIGITS[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 
 
-def process_mappings(pid: int, *, of: str = "", last: Mappings | None = None) -> Mappings:
+def process_mappings(pid: int, *, of: str = "", last: Vmas | None = None) -> Vmas:
     """What a process has mapped now, in order of address.
 
     :param of: leave out, unread, whatever does not have this text in its line.
@@ -249,7 +249,7 @@ def process_mappings(pid: int, *, of: str = "", last: Mappings | None = None) ->
     maps = _read_maps(pid)
     if of:
         maps = b"".join(line for line in re.findall(b".*\n", maps) if os.fsencode(of) in line)
-    return last if last is not None and last.maps == maps else Mappings(maps)
+    return last if last is not None and last.maps == maps else Vmas(maps)
 
 
 def count_mappings(pid: int) -> int:
@@ -348,13 +348,13 @@ class ProcessMemory:
         """Whether it can be told which pages are there; if not, ``populated`` takes all of them to be."""
         return self._pagemap is not None
 
-    def mappings(self) -> Mappings:
+    def mappings(self) -> Vmas:
         """What the process has mapped at this moment, in order of address.
 
         :raises ImageError: the process is gone.
         """
         try:
-            return Mappings(self._read("maps"))
+            return Vmas(self._read("maps"))
         except OSError as error:
             raise self._failed(error) from error
 

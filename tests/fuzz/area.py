@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from memshr.errors import InvariantError, MemshrError
 from memshr.qemu import syscalls
-from memshr.qemu.agent import Session, entries
+from memshr.qemu.agent import AgentLink, entries
 from memshr.qemu.control_area import (
     CONTROL_BYTES,
     CONTROL_NAME,
@@ -36,8 +36,8 @@ _DEADLINE_S = 0.001
 """To some inputs there is no answer; so long it is waited for."""
 
 
-class HostileSession(Session):
-    """A session with an agent that writes ``data`` over the area while it has a table, and answers with some bytes."""
+class HostileLink(AgentLink):
+    """A link with an agent that writes ``data`` over the area while it has a table, and answers with some bytes."""
 
     def __init__(self, control: ControlArea, wire: socket.socket, theirs: socket.socket, data: bytes) -> None:
         super().__init__(control, wire)
@@ -66,10 +66,10 @@ def exercise(data: bytes, folder: Path) -> list[str]:
         file = syscalls.memfd_create(CONTROL_NAME)
         os.ftruncate(file, CONTROL_BYTES)
         ours, theirs = socket.socketpair()
-        with theirs, HostileSession(ControlArea(file, CODE_ADDRESS), ours, theirs, data) as session:
-            overwrite(session.control, data)
+        with theirs, HostileLink(ControlArea(file, CODE_ADDRESS), ours, theirs, data) as link:
+            overwrite(link.control, data)
             try:
-                ask(session)
+                ask(link)
                 went_well.append(name)
             except InvariantError:
                 raise
@@ -82,52 +82,52 @@ def _require_shown(text: str) -> None:
     assert text.isprintable()
 
 
-def _look(session: Session) -> None:
-    control = session.control
+def _look(link: AgentLink) -> None:
+    control = link.control
     assert len(control.slots) == SLOTS
     assert len(control.forbidden) <= _MOST_FORBIDDEN
     assert len(control.originals) < CONTROL_BYTES // NODE_MASK_BYTES
-    session.may_call(_GETPID)
+    link.may_call(_GETPID)
     control.is_taken()
     control.thread_lives(os.getpid())
 
 
-def _run(session: Session) -> None:
-    calls = session.control.memory[DATA] + 1
-    done = session.run(entries([(_GETPID,)] * calls, results=[0] * calls))
+def _run(link: AgentLink) -> None:
+    calls = link.control.memory[DATA] + 1
+    done = link.run(entries([(_GETPID,)] * calls, results=[0] * calls))
     assert 0 <= done <= calls
     for index in range(calls):
-        assert -(1 << 63) <= session.result(index) < 1 << 63
+        assert -(1 << 63) <= link.result(index) < 1 << 63
     if done < calls:
-        _require_shown(str(session.failure(done, "a call")))
+        _require_shown(str(link.failure(done, "a call")))
 
 
-def _give(session: Session) -> None:
-    assert session.give(session.fileno()) >= 0
-    assert len(session.scratch(100)) == 100
+def _give(link: AgentLink) -> None:
+    assert link.give(link.fileno()) >= 0
+    assert len(link.scratch(100)) == 100
 
 
-def _make(session: Session) -> None:
+def _make(link: AgentLink) -> None:
     # The number that the answer names is looked up in this process.
     pidfd = os.pidfd_open(os.getpid())
     try:
-        session._make_userfaultfd(pidfd, "hostile")
+        link._make_userfaultfd(pidfd, "hostile")
     finally:
         os.close(pidfd)
 
 
-def _note(session: Session) -> None:
+def _note(link: AgentLink) -> None:
     # A guest that is attached anew has its ranges noted, besides those that are there.
-    session.originals = [*session.originals, Original(1 << 40, 1 << 41, 0, 0, b"")]
+    link.originals = [*link.originals, Original(1 << 40, 1 << 41, 0, 0, b"")]
 
 
-_ASKED: dict[str, Callable[[Session], object]] = {
+_ASKED: dict[str, Callable[[AgentLink], object]] = {
     "look": _look,
     "run": _run,
-    "call": lambda session: session.call(_GETPID),
+    "call": lambda link: link.call(_GETPID),
     "give": _give,
-    "keep": lambda session: session._kept(session.call(_GETPID)),
+    "keep": lambda link: link._kept(link.call(_GETPID)),
     "make": _make,
-    "drop": lambda session: session.drop(8),
+    "drop": lambda link: link.drop(8),
     "note": _note,
 }

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from memshr.errors import BackendError
-from memshr.procfs import Mappings
+from memshr.procfs import Vmas
 from memshr.qemu.attachment import Attachment
 from memshr.qemu.guests import RamRange, mapping_refusals, most_pages
 from memshr.qemu.pool import files_of_pools, groups_in
@@ -30,7 +30,7 @@ def exercise(data: bytes, folder: Path) -> list[str]:
     """
     del folder
     try:
-        mappings = Mappings(data)
+        mappings = Vmas(data)
     except ValueError:
         return []
     for row, mapping in zip(range(8), mappings, strict=False):

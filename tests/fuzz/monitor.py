@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memshr.errors import ConnectionLostError, InvariantError, MemshrError
-from memshr.procfs import Mappings
+from memshr.procfs import Vmas
 from memshr.qemu.guests import (
     GuestProcess,
     has_direct_drives,
@@ -64,7 +64,7 @@ def exercise(data: bytes, folder: Path) -> list[str]:
     """
     del folder
     lines = data.split(b"\n")
-    mappings = Mappings(MAPS)
+    mappings = Vmas(MAPS)
     asked: dict[str, Callable[[Monitor], object]] = {
         "layout": lambda monitor: _layout(monitor, mappings),
         "refusals": lambda monitor: refusals(GUEST, monitor, [], mappings),
@@ -86,7 +86,7 @@ def exercise(data: bytes, folder: Path) -> list[str]:
     return proper
 
 
-def _layout(monitor: Monitor, mappings: Mappings) -> str:
+def _layout(monitor: Monitor, mappings: Vmas) -> str:
     layout = memory_layout(monitor, mappings)
     assert sum(ram.pages for ram in layout) <= most_pages()
     for ram in layout:

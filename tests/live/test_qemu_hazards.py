@@ -27,7 +27,7 @@ from memshr.errors import (
 )
 from memshr.procfs import process_mappings
 from memshr.qemu import attachment, books, syscalls, target
-from memshr.qemu.agent import Session, entries, is_in_session
+from memshr.qemu.agent import AgentLink, entries, is_linked
 from memshr.qemu.control_area import IF_EQUAL, ControlArea
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.mapping_budget import DEFAULT_MAP_COUNT, MAP_RESERVE
@@ -435,8 +435,8 @@ def test_stopped_qemu_is_given_up_and_keeps_its_memory(host: QtestHost) -> None:
     client_handles, _ = host.hypervisor.nominate_gfns(run_of(SECOND, 4))
     share(host, run_of(FIRST, 1), run_of(SECOND, 1))
     for opened in host.hypervisor._books.guests:
-        assert opened.session is not None
-        opened.session.deadline_s = 0.2
+        assert opened.link is not None
+        opened.link.deadline_s = 0.2
     os.kill(host.guests[1].pid, signal.SIGSTOP)
     try:
         statuses = host.hypervisor.share_gfns_many(run_of(FIRST, 4), source_handles, run_of(SECOND, 4), client_handles)
@@ -469,7 +469,7 @@ def test_audit_sees_a_mapping_that_somebody_else_changed(host: QtestHost) -> Non
     opened = host.hypervisor._books.guests[0]
     hva = int(opened.hvas[opened.pages_of_gfns(np.array([FIRST_GFN]))[0]])
     flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED
-    assert opened.working_session().call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, flags, 2**64 - 1, 0) == hva
+    assert opened.working_link().call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, flags, 2**64 - 1, 0) == hva
     (finding,) = host.hypervisor.audit().findings
     assert (finding.invariant, finding.domid, finding.gfn) == ("I3", FIRST, FIRST_GFN)
 
@@ -552,9 +552,9 @@ def die_with_a_waiting_table(guest: QtestGuest) -> Gate:
         "(frame,) = hypervisor._new_frames(np.array([row]), np.array([True]))\n"
         "pool = hypervisor._books.pools[int(frame) >> 32].pool\n"
         "hva = int(opened.hvas[row])\n"
-        "table = [waiting_call(opened.session.control, int(sys.argv[2]))]\n"
+        "table = [waiting_call(opened.link.control, int(sys.argv[2]))]\n"
         "table += [(9, hva, 4096, 3, 0x4012, opened.pool_number(pool), int(frame) % (1 << 32) * 4096)]\n"
-        "opened.session.post(agent.entries(table, results=[READY, hva]))\n"
+        "opened.link.post(agent.entries(table, results=[READY, hva]))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     path = os.pathsep.join(filter(None, [os.fspath(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -633,24 +633,24 @@ def test_ctrl_c_lets_nobody_write_under_a_table(
         fill(each, page(4))
     both = [run_of(domid, 1) for domid in (FIRST, SECOND)]
     handles = [host.hypervisor.nominate_gfns(pages)[0] for pages in both]
-    post = Session.post
+    post = AgentLink.post
     posted = threading.Event()
     gate = Gate(guest)
 
-    def post_slowly(session: Session, table: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> None:
+    def post_slowly(link: AgentLink, table: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> None:
         if table[0, 0] == syscalls.NR_MMAP | IF_EQUAL:
-            waiting = entries([waiting_call(session.control, gate.number)], results=[READY])
-            post(session, np.concatenate([waiting, table]))
+            waiting = entries([waiting_call(link.control, gate.number)], results=[READY])
+            post(link, np.concatenate([waiting, table]))
             posted.set()
         else:
-            post(session, table)
+            post(link, table)
 
     def write() -> None:
         posted.wait()
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         write_while_a_table_waits(guest, gate)
 
-    monkeypatch.setattr(Session, "post", post_slowly)
+    monkeypatch.setattr(AgentLink, "post", post_slowly)
     writer = threading.Thread(target=write)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
@@ -725,5 +725,5 @@ def test_frame_that_a_dead_memshr_is_about_to_map_is_kept(qtest_pair: tuple[Qtes
         assert part.hypervisor.punch_unread() == 0
         assert [pool.backed_bytes for pool in part.hypervisor.pool_figures()] == [PAGE_SIZE]
     gate.open()
-    wait_until(lambda: not is_in_session(qtest_pair[0].pid), 10, "the table is done")
+    wait_until(lambda: not is_linked(qtest_pair[0].pid), 10, "the table is done")
     assert qtest_pair[0].read(FIRST_GFN * PAGE_SIZE, PAGE_SIZE) == page(1)

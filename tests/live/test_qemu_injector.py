@@ -43,7 +43,7 @@ def installed(guest: QtestGuest, monitor: Monitor, injector: Injector) -> contro
 
 
 def found(guest: QtestGuest) -> control_area.ControlArea:
-    """The control area that is in a QEMU, opened anew: a session closes the one that it was given."""
+    """The control area that is in a QEMU, opened anew: a link closes the one that it was given."""
     control = control_area.ControlArea.find(guest.pid)
     assert control is not None
     return control
@@ -126,17 +126,17 @@ def test_agent_runs_tables_until_the_first_surprise(qemu: Path) -> None:
         control = installed(guest, monitor, injector)
         injector.close()
         pidfd = os.pidfd_open(guest.pid)
-        with agent.Session.open(guest.pid, pidfd, "tables", control, monitor) as session:
-            assert session.call(39) == guest.pid
+        with agent.AgentLink.open(guest.pid, pidfd, "tables", control, monitor) as link:
+            assert link.call(39) == guest.pid
             table = agent.entries([(39,), (39,), (39,)], results=[guest.pid, 1, guest.pid])
-            assert session.run(table) == 1, "a table stops at its first surprise"
+            assert link.run(table) == 1, "a table stops at its first surprise"
             # A Ctrl-C has left an answer unread: it is not taken for that of the next table.
-            session.post(agent.entries([(39,)], results=[guest.pid]))
-            wait_until(lambda: session.control.get(control_area.STATE_AT, "<I") == (4,), 10, "the table is done")
-            session._answer_is_due = False
-            assert session.run(agent.entries([(7, 0, 0, 300), (39,)], results=[0, guest.pid])) == 2
-            assert session.run(agent.entries([(3, 12345)], results=[0])) == 0
-            assert session.failure(0, "closing what is not open").errno == 9
+            link.post(agent.entries([(39,)], results=[guest.pid]))
+            wait_until(lambda: link.control.get(control_area.STATE_AT, "<I") == (4,), 10, "the table is done")
+            link._answer_is_due = False
+            assert link.run(agent.entries([(7, 0, 0, 300), (39,)], results=[0, guest.pid])) == 2
+            assert link.run(agent.entries([(3, 12345)], results=[0])) == 0
+            assert link.failure(0, "closing what is not open").errno == 9
         os.close(pidfd)
         control.close()
 
@@ -152,10 +152,10 @@ def test_an_offer_of_a_memshr_that_died_before_it_woke_the_agent_is_passed_over(
         for number in (0, 999):  # some other file of QEMU; none
             control = found(guest)
             control.put(control_area.OFFER_AT, "<i", number)
-            with agent.Session.open(guest.pid, pidfd, "offer", control, monitor) as session:
-                assert session.call(39) == guest.pid
+            with agent.AgentLink.open(guest.pid, pidfd, "offer", control, monitor) as link:
+                assert link.call(39) == guest.pid
         control = found(guest)
         control.put(control_area.OFFER_AT, "<i", 0)
-        wait_until(lambda: not agent.is_in_session(guest.pid), 10, "the agent sleeps again")
+        wait_until(lambda: not agent.is_linked(guest.pid), 10, "the agent sleeps again")
         os.close(pidfd)
         control.close()

@@ -142,8 +142,8 @@ def test_page_that_qemu_discards_after_its_nomination_is_left_alone(host: QtestH
     """A discard takes the protection with it: what the guest writes then gives no event (balloon, virtio-mem)."""
     handles = [host.hypervisor.nominate_gfns(pages_of(domid))[0] for domid in BOTH]
     hva = hva_of(host, SECOND, FIRST_GFN + 7)
-    session = opened(host, SECOND).working_session()
-    assert session.call(syscalls.NR_MADVISE, hva, PAGE_SIZE, syscalls.MADV_DONTNEED) == 0
+    link = opened(host, SECOND).working_link()
+    assert link.call(syscalls.NR_MADVISE, hva, PAGE_SIZE, syscalls.MADV_DONTNEED) == 0
     host.write(SECOND, Gfn(FIRST_GFN + 7), b"unheard")
     statuses = host.hypervisor.share_gfns_many(pages_of(FIRST), handles[0], pages_of(SECOND), handles[1])
     assert np.flatnonzero(statuses).tolist() == [7]
@@ -159,10 +159,10 @@ def test_page_that_changes_behind_its_protection_is_not_put_on_a_frame(host: Qte
     """A QEMU holds the userfaultfd of its own memory: it may unprotect a page, write to it, and protect it again."""
     handles = [host.hypervisor.nominate_gfns(pages_of(domid))[0] for domid in BOTH]
     hva = hva_of(host, cheat, FIRST_GFN + 9)
-    session = opened(host, cheat).working_session()
-    session.unprotect([(hva, PAGE_SIZE)])
+    link = opened(host, cheat).working_link()
+    link.unprotect([(hva, PAGE_SIZE)])
     host.write(cheat, Gfn(FIRST_GFN + 9), b"behind our back")
-    session.protect([(hva, PAGE_SIZE)])
+    link.protect([(hva, PAGE_SIZE)])
     statuses = host.hypervisor.share_gfns_many(pages_of(FIRST), handles[0], pages_of(SECOND), handles[1])
     other = SECOND if cheat is FIRST else FIRST
     assert host.read(cheat, Gfn(FIRST_GFN + 9)) == b"behind our back" + page(9)[15:]
@@ -181,11 +181,11 @@ def test_a_file_of_its_own_in_place_of_a_frame_harms_nobody_else(host: QtestHost
     assert not host.hypervisor.share_gfns_many(pages_of(FIRST), handles[0], pages_of(SECOND), handles[1]).any()
     forged = os.memfd_create("memshr-pool:all")
     os.pwrite(forged, page(999), 0)
-    session = opened(host, FIRST).working_session()
-    number = session.give(forged)
+    link = opened(host, FIRST).working_link()
+    number = link.give(forged)
     hva = hva_of(host, FIRST, FIRST_GFN + 11)
     flags = syscalls.MAP_PRIVATE | syscalls.MAP_FIXED
-    assert session.call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, flags, number, 0) == hva
+    assert link.call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, flags, number, 0) == hva
     os.close(forged)
     assert host.read(FIRST, Gfn(FIRST_GFN + 11)) == page(999)
     # Another page of the second guest joins the frame that the first one pretends to be on.

@@ -213,7 +213,7 @@ def test_books_that_contradict_themselves_stop_everything(qtest_pair: Pair, monk
         for _ in range(2):
             with pytest.raises(InvariantError, match="pretends"):
                 hypervisor.nominate_gfns(pages_of(FIRST))
-        assert hypervisor._books.guests[0].session is None
+        assert hypervisor._books.guests[0].link is None
         qtest_pair[0].write(FIRST_GFN * PAGE_SIZE, b"goes on")
 
 
@@ -249,7 +249,7 @@ def test_half_made_attachment_is_none(qtest_pair: Pair, monkeypatch: pytest.Monk
         with pytest.raises(KeyboardInterrupt):
             hypervisor.nominate_gfns(pages_of(FIRST))
         monkeypatch.undo()
-        assert (attachment.state, attachment.session) == (GuestState.LOOKING, None)
+        assert (attachment.state, attachment.link) == (GuestState.LOOKING, None)
         assert lock.holder_of(guest.pid) is None
         assert not hypervisor._watches
         guest.write(FIRST_GFN * PAGE_SIZE, b"goes on")
@@ -346,14 +346,12 @@ def test_pool_of_another_guest_alone_is_a_finding(host: QtestHost) -> None:
     key = opened(host, FIRST).process.key
     (own,) = [each.pool for each in host.hypervisor._books.pools if each.pool.owner == key]
     thief = opened(host, SECOND)
-    session = thief.working_session()
+    link = thief.working_link()
     readable = own.readable()
-    number = session.give(readable)
+    number = link.give(readable)
     os.close(readable)
     hva = int(thief.hvas[thief.pages_of_gfns(np.array([FIRST_GFN + 50]))[0]])
-    assert (
-        session.call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, syscalls.MAP_PRIVATE | syscalls.MAP_FIXED, number, 0) == hva
-    )
+    assert link.call(syscalls.NR_MMAP, hva, PAGE_SIZE, 3, syscalls.MAP_PRIVATE | syscalls.MAP_FIXED, number, 0) == hva
     findings = {(each.invariant, each.domid) for each in host.hypervisor.audit().findings}
     assert ("I10", SECOND) in findings
 
@@ -414,7 +412,7 @@ def test_page_that_lost_its_protection_is_left_alone_also_if_nobody_wrote(host: 
     handles = [host.hypervisor.nominate_gfns(pages_of(domid))[0] for domid in BOTH]
     guest = opened(host, SECOND)
     hva = int(guest.hvas[guest.pages_of_gfns(np.array([FIRST_GFN + 3]))[0]])
-    guest.working_session().unprotect([(hva, PAGE_SIZE)])
+    guest.working_link().unprotect([(hva, PAGE_SIZE)])
     statuses = host.hypervisor.share_gfns_many(pages_of(FIRST), handles[0], pages_of(SECOND), handles[1])
     assert np.flatnonzero(statuses).tolist() == [3]
     assert "1 pages were no longer protected" in host.hypervisor.trouble[0]
@@ -430,10 +428,10 @@ def test_bytes_of_another_program_are_nobody_elses_to_see(host: QtestHost, monke
 
 
 def test_what_a_dead_memshr_was_building_is_cleared_away(host: QtestHost) -> None:
-    session = opened(host, FIRST).working_session()
+    link = opened(host, FIRST).working_link()
     flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_FIXED
-    side = session.side_address
-    assert session.call(syscalls.NR_MMAP, side, 4 * PAGE_SIZE, 3, flags, 2**64 - 1, 0) == side
+    side = link.side_address
+    assert link.call(syscalls.NR_MMAP, side, 4 * PAGE_SIZE, 3, flags, 2**64 - 1, 0) == side
     host.hypervisor.close()
     place = f"{side:x}-{side + 4 * PAGE_SIZE:x} "
     maps = Path(f"/proc/{host.guests[0].pid}/maps")
@@ -464,7 +462,7 @@ def test_guest_that_is_attached_only_because_it_reads_a_frame_gets_the_pool_too(
         with QemuHypervisor([process_of(guest) for guest in guests], groups={"all": (1, 2, 3)}) as later:
             source, client = pages_of(FIRST, FIRST_GFN + 1, 1), pages_of(SECOND, count=1)
             handles = [later.nominate_gfns(each)[0] for each in (source, client)]
-            assert later._books.guests[2].session is None
+            assert later._books.guests[2].link is None
             assert later.share_gfns_many(source, handles[0], client, handles[1]).tolist() == [0]
             assert later.debug_gfn(third, Gfn(FIRST_GFN)) == 5
             assert later.audit().clean
@@ -489,16 +487,16 @@ def test_descriptor_that_the_agent_has_just_got_ends_with_us(
     with QtestHost([guest], groups={}):
         pass
     wait_until(lambda: not descriptors(), 10, "the agent has closed what it had")
-    kept = agent.Session._kept
+    kept = agent.AgentLink._kept
     times: list[int] = []
 
-    def dies(session: agent.Session, number: int) -> None:
+    def dies(link: agent.AgentLink, number: int) -> None:
         times.append(number)
         if len(times) == when:
             raise KeyboardInterrupt
-        kept(session, number)
+        kept(link, number)
 
-    monkeypatch.setattr(agent.Session, "_kept", dies)
+    monkeypatch.setattr(agent.AgentLink, "_kept", dies)
     with pytest.raises(KeyboardInterrupt), QtestHost([guest], groups={}) as host:
         share(host, pages_of(FIRST, count=4), pages_of(FIRST, FIRST_GFN + 4, 4))
     monkeypatch.undo()

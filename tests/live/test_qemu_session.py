@@ -12,7 +12,7 @@ from guests.linux import LinuxGuest
 from guests.pages import backed_pages, count_pages
 from memshr.content.fingerprint import SEED_BITS
 from memshr.procfs import process_mappings
-from memshr.qemu.agent import is_in_session
+from memshr.qemu.agent import is_linked
 from memshr.qemu.guests import inspect_process
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.sharing.result import SharingReport
@@ -86,12 +86,12 @@ def test_a_run_over_unchanged_guests_attaches_to_none_of_them(guest_pair: Pair) 
     # Now and then the first run leaves a page to the second; the next after that has nothing left to find.
     for _ in range(3):
         guest_pair[0].wait(
-            lambda: not any(is_in_session(guest.pid) for guest in guest_pair), 10.0, "the agents put away what they had"
+            lambda: not any(is_linked(guest.pid) for guest in guest_pair), 10.0, "the agents put away what they had"
         )
         with QemuHypervisor(processes, groups=groups) as hypervisor:
             again = run(hypervisor, groups)
             given_back = hypervisor.fold_back(seen=again.counters)
-            attached = any(is_in_session(guest.pid) for guest in guest_pair)
+            attached = any(is_linked(guest.pid) for guest in guest_pair)
         if not attached:
             break
         first = again

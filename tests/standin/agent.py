@@ -1,6 +1,6 @@
 """The agent's thread, played: it carries out tables as ``agent.S`` does, on the memory of a stand-in process.
 
-The other end is the real ``memshr.qemu.agent.Session``, on a real control area and a real socket. Nothing runs by
+The other end is the real ``memshr.qemu.agent.AgentLink``, on a real control area and a real socket. Nothing runs by
 itself: the thread gets on whenever somebody waits for it, and holds back what a test wants held back. Its descriptors
 are ours.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.qemu import control_area, syscalls
-from memshr.qemu.agent import IOVEC, Session
+from memshr.qemu.agent import IOVEC, AgentLink
 from memshr.qemu.control_area import (
     COUNT_AT,
     DATA,
@@ -59,7 +59,7 @@ class _Blocks(Exception):
 
 
 class AgentThread:
-    """The thread of one session.
+    """The thread of one link.
 
     ``silent``: it does not run, as in a QEMU that is stopped. ``stuck``: it begins a table and does not get
     beyond its call number ``stuck_after``.
@@ -247,8 +247,8 @@ class AgentThread:
             os.close(number)
 
 
-class StandInSession(Session):
-    """The real session, but for the requests of userfaultfd, which go to the stand-in for the kernel."""
+class StandInLink(AgentLink):
+    """The real link, but for the requests of userfaultfd, which go to the stand-in for the kernel."""
 
     def __init__(self, control: ControlArea, wire: socket.socket, agent: AgentThread, calls: GuestCalls) -> None:
         super().__init__(control, wire)
@@ -257,13 +257,13 @@ class StandInSession(Session):
         self._calls = calls
 
     def register(self, address: int, length_bytes: int) -> None:
-        self._calls("session.register", lambda: self._memory.register(address, length_bytes))
+        self._calls("link.register", lambda: self._memory.register(address, length_bytes))
 
     def protect(self, runs: Iterable[tuple[int, int]]) -> None:
-        self._change("session.protect", list(runs), True)
+        self._change("link.protect", list(runs), True)
 
     def unprotect(self, runs: Iterable[tuple[int, int]]) -> None:
-        self._change("session.unprotect", list(runs), False)
+        self._change("link.unprotect", list(runs), False)
 
     def _change(self, name: str, runs: list[tuple[int, int]], on: bool) -> None:
         def change(some: list[tuple[int, int]]) -> Callable[[], None]:
@@ -278,33 +278,33 @@ class StandInSession(Session):
         self._calls(name, change(runs), change(runs[: len(runs) // 2] or [(first, page)]))
 
     def wake(self, address: int, length_bytes: int) -> None:
-        self._calls("session.wake", lambda: self._memory.wake(address, length_bytes))
+        self._calls("link.wake", lambda: self._memory.wake(address, length_bytes))
 
     def post(self, table: NDArray[np.uint64]) -> None:
         def posted() -> None:
-            super(StandInSession, self).post(table)
+            super(StandInLink, self).post(table)
             self.agent.go_on()
 
-        self._calls("session.post", posted)
+        self._calls("link.post", posted)
 
     def await_answer(self) -> None:
         def awaited() -> None:
             self.agent.go_on()
-            super(StandInSession, self).await_answer()
+            super(StandInLink, self).await_answer()
 
-        self._calls("session.await_answer", awaited)
+        self._calls("link.await_answer", awaited)
 
     def give(self, descriptor: int) -> int:
-        return self._calls("session.give", lambda: super(StandInSession, self).give(descriptor))
+        return self._calls("link.give", lambda: super(StandInLink, self).give(descriptor))
 
     def drop(self, number: int) -> None:
-        self._calls("session.drop", lambda: super(StandInSession, self).drop(number))
+        self._calls("link.drop", lambda: super(StandInLink, self).drop(number))
 
     def end_agent(self, pid: int) -> None:
         def ended() -> None:
-            super(StandInSession, self).end_agent(pid)
+            super(StandInLink, self).end_agent(pid)
 
-        self._calls("session.end_agent", ended)
+        self._calls("link.end_agent", ended)
 
     def abandon(self) -> None:
         super().abandon()

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import RefusedDomainError
-from memshr.procfs import Mapping as MemoryMapping
-from memshr.procfs import Mappings
+from memshr.procfs import Vma, Vmas
 from memshr.qemu import control_area, pool, syscalls
 from memshr.qemu.control_area import CONTROL_BYTES, OFFER_AT, PID_AT, ControlArea
 from memshr.qemu.guests import GuestProcess, RamRange
@@ -24,7 +23,7 @@ from memshr.qemu.injection import Injector
 from memshr.qemu.pool import FramePool
 from memshr.qemu.target import Target
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfn, PageBytes
-from standin.agent import AgentThread, StandInSession
+from standin.agent import AgentThread, StandInLink
 from standin.calls import Calls
 from standin.kernel import PRESENT, ZERO_FRAME, Area, Kernel, Memory, Writer, bits_of_all
 
@@ -110,7 +109,7 @@ class StandInTarget(Target):
         self.process = guest.process
         self._guest = guest
         self._calls = guest.machine.calls.of(guest.process.name)
-        self._last: Mappings | None = None
+        self._last: Vmas | None = None
 
     def has_ended(self) -> bool:
         return self._guest.has_ended
@@ -140,11 +139,11 @@ class StandInTarget(Target):
     def huge(self, entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
         return self._calls("target.huge", lambda: np.zeros(len(entries), dtype=np.bool_))
 
-    def mappings(self) -> Mappings:
-        def look() -> Mappings:
+    def mappings(self) -> Vmas:
+        def look() -> Vmas:
             maps = self._guest.memory.maps()
             if self._last is None or self._last.maps != maps:
-                self._last = Mappings(maps)
+                self._last = Vmas(maps)
             return self._last
 
         return self._calls("target.mappings", look)
@@ -189,15 +188,15 @@ class StandInTarget(Target):
     def drain(self) -> None:
         self._calls("target.drain", lambda: None)
 
-    def connect(self, layout: list[RamRange], injector: Injector, domid: DomId) -> StandInSession:
+    def connect(self, layout: list[RamRange], injector: Injector, domid: DomId) -> StandInLink:
         return self._calls("target.connect", self._connect)
 
-    def _connect(self) -> StandInSession:
+    def _connect(self) -> StandInLink:
         guest = self._guest
         if guest.agent is not None:
             guest.agent.go_on()
         if guest.agent is not None and not guest.agent.ended:
-            raise RefusedDomainError("another memshr has a session", reasons=["another memshr is at work on it"])
+            raise RefusedDomainError("another memshr is at work", reasons=["another memshr is at work on it"])
         if guest.control_file < 0:
             guest.control_file = os.memfd_create("agent")
             os.ftruncate(guest.control_file, CONTROL_BYTES)
@@ -208,20 +207,20 @@ class StandInTarget(Target):
         control.put(OFFER_AT, "<i", -1)
         control.put(PID_AT, "<i", guest.process.pid)
         guest.agent = AgentThread(guest.memory, mine, theirs, guest.process.pid, self._calls)
-        session = StandInSession(control, ours, guest.agent, self._calls)
-        session.deadline_s = guest.deadline_s
+        link = StandInLink(control, ours, guest.agent, self._calls)
+        link.deadline_s = guest.deadline_s
         made = guest.memory.open_userfaultfd()
         control.set_slot(1, made)
-        session._kept(made)
-        session.uffd = os.dup(made)
-        session.features = syscalls.UFFD_FEATURE_PAGEFAULT_FLAG_WP | syscalls.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+        link._kept(made)
+        link.uffd = os.dup(made)
+        link.features = syscalls.UFFD_FEATURE_PAGEFAULT_FLAG_WP | syscalls.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
         if guest.machine.kernel.protects_what_is_not_there:
-            session.features |= syscalls.UFFD_FEATURE_WP_UNPOPULATED
-        return session
+            link.features |= syscalls.UFFD_FEATURE_WP_UNPOPULATED
+        return link
 
-    def disconnect(self, session: object, injector: Injector) -> None:
-        assert isinstance(session, StandInSession)
-        session.end_agent(self.pid)
+    def disconnect(self, link: object, injector: Injector) -> None:
+        assert isinstance(link, StandInLink)
+        link.end_agent(self.pid)
         self._calls("target.disconnect", self._guest.forget_agent)
 
 
@@ -324,7 +323,7 @@ class StandInMachine(Host):
         opened.calls = self.calls
         return opened
 
-    def adopt_pool(self, pid: int, mapping: MemoryMapping) -> FramePool | None:
+    def adopt_pool(self, pid: int, mapping: Vma) -> FramePool | None:
         def adopted() -> FramePool | None:
             area = self._guest(pid).memory.area_at(mapping.start >> PAGE_SHIFT)
             if area is None or area.file is None:

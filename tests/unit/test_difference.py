@@ -9,7 +9,7 @@ import pytest
 from command_line import CommandLine
 from estimates import ZERO, counted
 from memshr.estimation.result import Estimate, Sample
-from memshr.render.difference import Change, DomainChange, PairChange, compare
+from memshr.render.difference import Change, DomainChange, PairChange, difference
 
 BEFORE = counted(
     {"web": [ZERO, 1, 2, 3, 3], "db": [ZERO, 1, 2, 9], "old": [1, 4]}, {"left": ["web", "db"], "right": ["old"]}
@@ -20,16 +20,16 @@ AFTER = counted(
 
 
 def test_totals_and_domains_by_name() -> None:
-    comparison = compare(BEFORE, AFTER)
-    assert comparison.totals["total_pages"] == Change(11, 12)
-    assert comparison.totals["zero_pages"] == Change(2, 3)
-    assert comparison.totals["inter_pages"] == Change(2, 0)
-    assert comparison.totals["saved_pages"].difference == -1
+    changes = difference(BEFORE, AFTER)
+    assert changes.totals["total_pages"] == Change(11, 12)
+    assert changes.totals["zero_pages"] == Change(2, 3)
+    assert changes.totals["inter_pages"] == Change(2, 0)
+    assert changes.totals["saved_pages"].difference == -1
     assert BEFORE.achievable is not None
     assert AFTER.achievable is not None
-    assert comparison.totals["achievable_pages"] == Change(BEFORE.achievable.saved_pages, AFTER.achievable.saved_pages)
-    assert (comparison.new, comparison.gone) == (("new",), ("old",))
-    db, web = comparison.domains
+    assert changes.totals["achievable_pages"] == Change(BEFORE.achievable.saved_pages, AFTER.achievable.saved_pages)
+    assert (changes.new, changes.gone) == (("new",), ("old",))
+    db, web = changes.domains
     assert (db.name, web.name, db.groups, web.groups) == ("db", "web", ("left", "all"), ("left", "web"))
     assert isinstance(web, DomainChange)
     assert web.figures["zero_pages"] == Change(1, 2)
@@ -37,20 +37,20 @@ def test_totals_and_domains_by_name() -> None:
 
 
 def test_pairs_that_changed_most_come_first() -> None:
-    comparison = compare(BEFORE, AFTER)
-    assert comparison.pairs == (PairChange(("db", "web"), ("left", None), Change(2, 1)),)
+    changes = difference(BEFORE, AFTER)
+    assert changes.pairs == (PairChange(("db", "web"), ("left", None), Change(2, 1)),)
     one = counted({"a": [1, 2, 3, 4], "b": [1, 2, 3], "c": [4]})
     other = counted({"a": [1, 2, 3, 4], "b": [5], "c": [4, 1]})
-    assert [(pair.names, pair.contents.difference) for pair in compare(one, other).pairs] == [
+    assert [(pair.names, pair.contents.difference) for pair in difference(one, other).pairs] == [
         (("a", "b"), -3),
         (("a", "c"), 1),
     ]
 
 
 def test_the_same_has_no_changes() -> None:
-    comparison = compare(BEFORE, BEFORE)
-    assert (comparison.pairs, comparison.new, comparison.gone, comparison.remarks) == ((), (), (), ())
-    assert {change.difference for change in comparison.totals.values()} == {0}
+    changes = difference(BEFORE, BEFORE)
+    assert (changes.pairs, changes.new, changes.gone, changes.remarks) == ((), (), (), ())
+    assert {change.difference for change in changes.totals.values()} == {0}
 
 
 def _renamed(estimate: Estimate, name: str) -> Estimate:
@@ -60,9 +60,9 @@ def _renamed(estimate: Estimate, name: str) -> Estimate:
 
 def test_domains_of_one_name_are_matched_in_order() -> None:
     two, three = counted({"a": [1, 2], "b": [1]}), counted({"a": [1, 2], "b": [1, 1], "c": [1]})
-    comparison = compare(_renamed(two, "guest"), _renamed(three, "guest"))
-    assert [domain.figures["total_pages"] for domain in comparison.domains] == [Change(2, 2), Change(1, 2)]
-    assert comparison.new == ("guest",)
+    changes = difference(_renamed(two, "guest"), _renamed(three, "guest"))
+    assert [domain.figures["total_pages"] for domain in changes.domains] == [Change(2, 2), Change(1, 2)]
+    assert changes.new == ("guest",)
 
 
 def test_says_why_two_are_not_comparable() -> None:
@@ -74,9 +74,9 @@ def test_says_why_two_are_not_comparable() -> None:
         stopped="a guest went away",
         achievable=None,
     )
-    assert "achievable_pages" not in compare(BEFORE, sampled).totals
-    assert compare(BEFORE, sampled).pairs == ()
-    assert compare(BEFORE, sampled).remarks == (
+    assert "achievable_pages" not in difference(BEFORE, sampled).totals
+    assert difference(BEFORE, sampled).pairs == ()
+    assert difference(BEFORE, sampled).remarks == (
         "the second estimate is of a sample: small changes may be chance",
         "the second estimate ended early: a guest went away",
         "the limit on sharers of one frame was 256 and is 16",

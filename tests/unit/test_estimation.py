@@ -16,7 +16,7 @@ from memshr.content.fingerprint import Fingerprinter, Fingerprints
 from memshr.embedded import EmbeddedHypervisor
 from memshr.errors import MemshrError
 from memshr.estimation import compare, count
-from memshr.estimation.analysis import EstimateOptions, Progress, analyse
+from memshr.estimation.analysis import EstimateOptions, EstimateProgress, analyse
 from memshr.estimation.result import DomainEstimate, Estimate
 from memshr.pagesource import PageState, Rows, Subject
 from memshr.sharing.session import SharingOptions, share
@@ -422,11 +422,11 @@ def test_nothing_at_all() -> None:
 
 
 def test_progress_ends_where_it_said() -> None:
-    seen: list[Progress] = []
+    seen: list[EstimateProgress] = []
     options = EstimateOptions(MAPPINGS, threads=1)
     source = Memory("a", [1, 1, 2] * 2000)
     analyse([Subject(source)], options, new_seed=lambda: 1, progress=seen.append)
-    for phase in ("scan", "compare"):
+    for phase in ("look", "compare"):
         ours = [each for each in seen if each.phase == phase]
         assert ours[-1].done_pages == ours[-1].total_pages == 6000
 

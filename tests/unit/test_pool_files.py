@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memshr.errors import BackendError
-from memshr.procfs import Mappings
+from memshr.procfs import Vmas
 from memshr.qemu import guests, status
 from memshr.qemu.attachment import Attachment
 from memshr.qemu.guests import GuestProcess
@@ -22,8 +22,8 @@ def line(at: int, pages: int = 1, *, inode: int = 9, device: int = 1, name: str 
     return f"{start:x}-{start + pages * PAGE_SIZE:x} rw-p {at * PAGE_SIZE:08x} 00:{device:02x} {inode} /memfd:{name}\n"
 
 
-def maps(*lines: str) -> Mappings:
-    return Mappings("".join(lines).encode())
+def maps(*lines: str) -> Vmas:
+    return Vmas("".join(lines).encode())
 
 
 def test_lines_are_put_together_by_file_in_the_order_in_which_files_come() -> None:

@@ -13,7 +13,7 @@ import pytest
 from image_writers import avml, cloud_hypervisor, firecracker, vmware, write_files
 from memshr import opened, privilege
 from memshr.errors import MemshrError
-from memshr.images import hold_image, open_image
+from memshr.images import keep_image_open, open_image
 from memshr.render.files import FileWriter
 from odd_cores import pattern, write
 from odd_dumps import kdump, packed
@@ -352,7 +352,7 @@ def test_held_files_are_read_after_they_are_gone(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(opened, "_folders", {})
     folder = tmp_path / "snapshot"
     write_files(folder, cloud_hypervisor(RANGES))
-    hold_image(folder)
+    keep_image_open(folder)
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
@@ -371,7 +371,7 @@ def test_a_link_next_to_an_image_is_not_followed(tmp_path: Path, monkeypatch: py
     write_files(tmp_path / "dumps", {"guest.vmem": memory})
     (tmp_path / "dumps" / "guest.vmss").symlink_to(write(tmp_path / "secret", state))
     os.mkfifo(tmp_path / "dumps" / "guest.vmsn")
-    hold_image(tmp_path / "dumps" / "guest.vmem")
+    keep_image_open(tmp_path / "dumps" / "guest.vmem")
     assert list(opened._files) == [str(tmp_path / "dumps" / "guest.vmem")]
     for descriptor in opened._files.values():
         os.close(descriptor)

@@ -11,7 +11,7 @@ import pytest
 
 from child_process import child
 from memshr.errors import ImageError
-from memshr.procfs import Mapping, Mappings, ProcessMemory, process_mappings, true_runs
+from memshr.procfs import ProcessMemory, Vma, Vmas, process_mappings, true_runs
 
 PAGE = 4096
 
@@ -23,15 +23,15 @@ def test_maps_line_by_line() -> None:
         b"7f1c20000000-7f1c20002000 r-xs 00003000 fd:1a 131077                             /tmp/two  words (deleted)\n"
         b"ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                          [vsyscall]\n"
     )
-    heap, nothing, file, vsyscall = Mappings(text)
-    assert heap == Mapping(0x55D0C0A00000, 0x55D0C0A21000, True, True, False, False, 0, 0, 0, 0, "[heap]")
+    heap, nothing, file, vsyscall = Vmas(text)
+    assert heap == Vma(0x55D0C0A00000, 0x55D0C0A21000, True, True, False, False, 0, 0, 0, 0, "[heap]")
     assert heap.pages == 0x21
-    assert nothing == Mapping(0x7F1C10000000, 0x7F1C14000000, False, False, False, False, 0, 0, 0, 0, "")
-    assert file == Mapping(
+    assert nothing == Vma(0x7F1C10000000, 0x7F1C14000000, False, False, False, False, 0, 0, 0, 0, "")
+    assert file == Vma(
         0x7F1C20000000, 0x7F1C20002000, True, False, True, True, 0x3000, 0xFD, 0x1A, 131077, "/tmp/two  words (deleted)"
     )
     assert (vsyscall.start, vsyscall.path) == (0xFFFFFFFFFF600000, "[vsyscall]")
-    assert list(Mappings(b"")) == []
+    assert list(Vmas(b"")) == []
 
 
 def test_many_mappings_as_columns() -> None:
@@ -44,7 +44,7 @@ def test_many_mappings_as_columns() -> None:
             (0x7F0000007000, b"r--p", 4_294_967_296, b" /b"),
         ]
     )
-    mappings = Mappings(text)
+    mappings = Vmas(text)
     assert mappings.start.tolist() == [0x10000, 0x7F0000000000, 0x7F0000005000, 0x7F0000007000]
     assert (mappings.end - mappings.start == 0x1000).all()
     assert mappings.inode.tolist() == [0, 12, 12, 1 << 32]
@@ -74,7 +74,7 @@ def test_thousands_of_lines_of_every_kind() -> None:
         offset = int(rng.integers(0, 1 << 40)) * PAGE if rng.random() < 0.3 else int(rng.integers(0, 16)) * PAGE
         path = f"/file {number}" if other else "/memfd:one (deleted)" if rng.random() < 0.7 else ""
         expected.append((at, int(rng.integers(1, 16)), flags, offset, "fd:1a" if other else "00:01", inode, path))
-    mappings = Mappings(b"".join(maps_line(*fields) for fields in expected))
+    mappings = Vmas(b"".join(maps_line(*fields) for fields in expected))
     for mapping, (at, pages, flags, offset, device, inode, path) in zip(mappings, expected, strict=True):
         major, minor = (int(part, 16) for part in device.split(":"))
         letters = [letter in flags for letter in "rwxs"]
@@ -105,7 +105,7 @@ def test_mappings_are_parsed_anew_only_if_they_have_changed() -> None:
 @pytest.mark.parametrize("others", [1, 1000])
 def test_lines_that_the_kernel_does_not_write(line: bytes, others: int) -> None:
     with pytest.raises(ValueError, match="a line of maps"):
-        Mappings(b"00010000-00020000 rw-p 00000000 00:00 0 \n" * others + line)
+        Vmas(b"00010000-00020000 rw-p 00000000 00:00 0 \n" * others + line)
 
 
 def test_mapping_of_a_file_agrees_with_stat(tmp_path: Path) -> None:

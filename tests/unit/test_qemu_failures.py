@@ -6,7 +6,7 @@ out as they went in. No other guest was given up. The same object can be used ag
 
 A recording of each operation says which calls there are. Each then fails in the ways that it can fail in. To keep this
 short some ways are taken in turn, the same in each run: of five errnos a call gets one or two; an interrupt comes
-before every other call and after the rest, before and after all of the session's; Python runs out of memory at every
+before every other call and after the rest, before and after all of the link's; Python runs out of memory at every
 third.
 """
 
@@ -72,7 +72,7 @@ def asks_kernel(call: Call) -> bool:
     whom, what = parts_of(call)
     if whom == "target":
         return what not in {*MONITOR, "disconnect", "split_huge_pages"}
-    return whom == "session" and what in {"register", "protect", "unprotect", "wake"}
+    return whom == "link" and what in {"register", "protect", "unprotect", "wake"}
 
 
 def failures_of(call: Call, turn: int) -> Iterator[tuple[str, Failure]]:
@@ -96,7 +96,7 @@ def failures_of(call: Call, turn: int) -> Iterator[tuple[str, Failure]]:
         yield "QEMU does not answer", Failure(call, ConnectionLostError("no answer"), "before")
         yield "QEMU refuses", Failure(call, MonitorError("refused", command="x", kind="y"), "before")
         yield "errno", Failure(call, os_error(ERRNOS[turn % 5]), "before")
-    if whom == "session" and what in {"post", "await_answer", "give", "drop", "end_agent"}:
+    if whom == "link" and what in {"post", "await_answer", "give", "drop", "end_agent"}:
         yield "QEMU does not answer", Failure(call, ConnectionLostError("no answer"), "before")
         if what == "give":
             yield "QEMU refuses", Failure(call, no_place(), "before")
@@ -110,12 +110,12 @@ def failures_of(call: Call, turn: int) -> Iterator[tuple[str, Failure]]:
     }.items():
         if call.name == asked:
             yield "errno", Failure(call, error, "before")
-    if whom == "session" or turn % 2 or makes:
+    if whom == "link" or turn % 2 or makes:
         yield "interrupted after", Failure(call, KeyboardInterrupt(), "after")
-    if whom == "session" or not turn % 2:
+    if whom == "link" or not turn % 2:
         yield "interrupted before", Failure(call, KeyboardInterrupt(), "before")
     yield "stop", Failure(call, InvariantError("stop"), "before")
-    if whom == "session" or turn % 3 == 0:
+    if whom == "link" or turn % 3 == 0:
         yield "no memory for Python", Failure(call, MemoryError(), "after" if turn % 2 and not makes else "before")
 
 
@@ -141,7 +141,7 @@ def judge(operation: str, failure: Failure) -> None:
     with World(**how) as world:
         act = prepare(world)
         before = world.nominated()
-        sessions = {guest.process.name: guest.session for guest in world.hypervisor._books.guests}
+        links = {guest.process.name: guest.link for guest in world.hypervisor._books.guests}
         world.machine.calls.begin(failure)
         raised = attempt(act)
         world.machine.calls.end()
@@ -159,7 +159,7 @@ def judge(operation: str, failure: Failure) -> None:
         for guest in world.hypervisor._books.guests:
             other = not failure.call.name.startswith(guest.process.name)
             assert not other or guest.state is not GuestState.LOST, f"{guest.process.name} was given up"
-            lost = sessions[guest.process.name] is not guest.session and guest.session is None
+            lost = links[guest.process.name] is not guest.link and guest.link is None
             assert not (other and lost) or (operation == "detach" and guest.domid == 1)
         if isinstance(failure.error, OSError) and asks_kernel(failure.call) and how.get("attached", True):
             states = {guest.process.name: guest.state for guest in world.hypervisor._books.guests}
@@ -301,7 +301,7 @@ def test_a_watch_that_fails_lets_its_guest_go(error: BaseException) -> None:
     with World() as world:
         world.nominate(both(*FRESH))
         before = world.nominated()
-        world.machine.calls.begin(Failure(Call("watch: one: session.unprotect", 0), error, "before"))
+        world.machine.calls.begin(Failure(Call("watch: one: link.unprotect", 0), error, "before"))
         world.begin_write(ONE, FRESH[0], content(1))
         world.machine.await_writers(world.writers)
         world.machine.calls.end()
@@ -350,7 +350,7 @@ def test_disk_requests_are_waited_for_between_the_protection_and_the_handles() -
         world.machine.calls.begin()
         world.hypervisor.unshare_gfns(array(ONE, *SHARED))
         names = [call.name for call in world.machine.calls.end()]
-        first, drain = names.index("one: session.protect"), names.index("one: target.drain")
+        first, drain = names.index("one: link.protect"), names.index("one: target.drain")
         assert first < drain < names.index("one: in QEMU: process_vm_readv")
 
 

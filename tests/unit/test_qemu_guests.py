@@ -18,7 +18,7 @@ from command_line import CommandLine
 from guests.fake_qmp import RAM_MIB, FakeQemu, FakeQmp, Ram, flat_view, honest
 from guests.machine import wait_until
 from memshr.errors import BackendError, ConnectionLostError
-from memshr.procfs import Mappings, process_mappings
+from memshr.procfs import Vmas, process_mappings
 from memshr.qemu import guests
 from memshr.qemu.guests import GuestProcess, Refusal, inspect_process, memory_layout, status_refusals
 from memshr.qemu.monitor import SocketMonitor
@@ -252,7 +252,7 @@ def test_refusal_is_printable_whoever_wrote_it() -> None:
 # -- where its memory is -----------------------------------------------------------------------------------------------
 
 
-def layout_of(tmp_path: Path, view: str, hva: Callable[[int], int], mappings: Mappings | None = None) -> list[object]:
+def layout_of(tmp_path: Path, view: str, hva: Callable[[int], int], mappings: Vmas | None = None) -> list[object]:
     """What memshr makes of a layout; ``hva`` tells from a guest address where QEMU says it is."""
 
     def human(request: dict[str, object]) -> Iterator[bytes]:
@@ -305,7 +305,7 @@ def test_layout_that_cannot_be(
 def test_layout_of_a_process_without_memory(tmp_path: Path) -> None:
     view = flat_view((0, PAGE_SIZE, "pc.ram"))
     with pytest.raises(BackendError, match="nothing is mapped in it"):
-        layout_of(tmp_path, view, lambda _: PAGE_SIZE, Mappings(b""))
+        layout_of(tmp_path, view, lambda _: PAGE_SIZE, Vmas(b""))
 
 
 def test_block_name_is_printable(tmp_path: Path) -> None:

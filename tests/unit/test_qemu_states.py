@@ -114,7 +114,7 @@ def test_a_source_that_changes_after_it_was_copied_is_never_put_on_its_frame() -
         guest = world.machine.guests[0]
 
         def change(call: Call) -> None:
-            if call.name == "one: session.post":
+            if call.name == "one: link.post":
                 world.machine.calls.before = lambda _: None
                 guest.memory.put(guest.hva(gfns(FRESH[2])[0]), content(79))
 
@@ -148,7 +148,7 @@ def test_what_is_written_unseen_until_it_is_copied_is_copied(what: str) -> None:
         guest = world.machine.guests[0]
 
         def strike(call: Call) -> None:
-            if call.name == "one: session.post":
+            if call.name == "one: link.post":
                 world.machine.calls.before = lambda _: None
                 for page in (*COPIED, SHARED[0]):
                     guest.memory.lose_protection(guest.hva(gfns(page)[0]))
@@ -191,11 +191,11 @@ def test_a_silent_agent_holds_nobody_but_its_own_guest(how: str) -> None:
         clients = PageArray(np.array([TWO] * 3 + [THREE] * 3, np.uint16), np.array(gfns(*FRESH) * 2, np.int64))
         handles = world.nominate(sources), world.nominate(clients)
         world.nominate(array(ONE, 11))
-        session = world.hypervisor._books.guests[1].session
+        link = world.hypervisor._books.guests[1].link
         silent = world.machine.guests[1].agent
-        assert session is not None
+        assert link is not None
         assert silent is not None
-        session.deadline_s = 2.0  # a hundred times what the others need
+        link.deadline_s = 2.0  # a hundred times what the others need
         others: list[bool] = []
         returned = threading.Event()
 
@@ -210,13 +210,13 @@ def test_a_silent_agent_holds_nobody_but_its_own_guest(how: str) -> None:
         writing = threading.Thread(target=write)
 
         def hold_back(call: Call) -> None:
-            if call.name == "two: session.post":
+            if call.name == "two: link.post":
                 setattr(silent, how, True)
-            if call.name == "three: session.await_answer" and not writing.ident:
+            if call.name == "three: link.await_answer" and not writing.ident:
                 writing.start()
 
         world.machine.calls.before = hold_back
-        # Guest 3 answers and goes on; then the answer of guest 2 is waited for, until the deadline of its session.
+        # Guest 3 answers and goes on; then the answer of guest 2 is waited for, until the deadline of its link.
         statuses = world.hypervisor.share_gfns_many(sources, handles[0], clients, handles[1])
         returned.set()
         writing.join(10)
@@ -245,10 +245,10 @@ def test_frames_that_a_table_may_yet_map_are_not_given_back(calls: int) -> None:
     with World() as world:
         sources, clients = array(ONE, *FRESH), array(TWO, *FRESH)
         handles = world.nominate(sources), world.nominate(clients)
-        session, agent = world.hypervisor._books.guests[0].session, world.machine.guests[0].agent
-        assert session is not None
+        link, agent = world.hypervisor._books.guests[0].link, world.machine.guests[0].agent
+        assert link is not None
         assert agent is not None
-        session.deadline_s = 0.2
+        link.deadline_s = 0.2
         agent.stuck, agent.stuck_after = True, calls
         statuses = world.hypervisor.share_gfns_many(sources, handles[0], clients, handles[1])
         assert (statuses == Status.ESRCH).all()
@@ -282,9 +282,9 @@ def test_nobody_goes_on_while_a_table_is_under_way_whoever_fails(monkeypatch: py
         assert agent is not None
 
         def hold_back(call: Call) -> None:
-            if call.name == "one: session.post":
+            if call.name == "one: link.post":
                 agent.stuck = True
-            if call.name == "one: session.await_answer":
+            if call.name == "one: link.await_answer":
                 agent.stuck = False
 
         world.machine.calls.before = hold_back

@@ -18,7 +18,7 @@ from memshr.embedded import EmbeddedHypervisor
 from memshr.errors import ConnectionLostError, InvariantError, MemshrError
 from memshr.hypervisor import Capability
 from memshr.sharing.result import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, SharingReport
-from memshr.sharing.session import Progress, SharingOptions, share
+from memshr.sharing.session import SharingOptions, SharingProgress, share
 from memshr.trust import Group
 from memshr.types import (
     HUGE_PAGE_PAGES,
@@ -633,7 +633,7 @@ def test_scattered_pages_are_read_in_one_call() -> None:
 
 def test_progress_goes_up_to_the_end_of_each_phase() -> None:
     host = a_host([0, 1, 1, 2] * 4, [1, 3])
-    seen: list[Progress] = []
+    seen: list[SharingProgress] = []
     options = SharingOptions(scan_pages=4, batch_pages=4, max_sharers=2, threads=1)
     share(host, everyone(host), wait=never, options=options, progress=seen.append)
     phases = dict.fromkeys(progress.phase for progress in seen)

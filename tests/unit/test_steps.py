@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import pytest
 
-from memshr.qemu.agent import Session
+from memshr.qemu.agent import AgentLink
 from memshr.qemu.attachment import Steps, carry_out
 
 
 class Posted:
-    """Stands for a session that has posted a table: what ``carry_out`` looks at, and nothing else."""
+    """Stands for a link that has posted a table: what ``carry_out`` looks at, and nothing else."""
 
     def __init__(self, rest_s: float = 60.0) -> None:
         self.rest_s = rest_s
@@ -37,7 +37,7 @@ class Posted:
 
 
 @pytest.fixture
-def sessions() -> Iterator[list[Posted]]:
+def links() -> Iterator[list[Posted]]:
     """Four of them."""
     made = [Posted() for _ in range(4)]
     yield made
@@ -45,32 +45,32 @@ def sessions() -> Iterator[list[Posted]]:
         each.close()
 
 
-def waiting_for(session: Posted) -> Session:
-    return cast(Session, session)
+def waiting_for(link: Posted) -> AgentLink:
+    return cast(AgentLink, link)
 
 
-def test_every_table_is_posted_before_the_first_answer_is_awaited(sessions: list[Posted]) -> None:
+def test_every_table_is_posted_before_the_first_answer_is_awaited(links: list[Posted]) -> None:
     seen: list[str] = []
 
-    def work(name: str, session: Posted, tables: int) -> Steps:
+    def work(name: str, link: Posted, tables: int) -> Steps:
         for number in range(tables):
             seen.append(f"post {name}{number}")
-            session.answer()
-            yield waiting_for(session)
-            session.take()
+            link.answer()
+            yield waiting_for(link)
+            link.take()
             seen.append(f"answer {name}{number}")
         return tables
 
-    a, b, c, _ = sessions
+    a, b, c, _ = links
     assert carry_out([work("a", a, 2), work("b", b, 1), work("c", c, 0)]) == [2, 1, 0]
     assert seen[:2] == ["post a0", "post b0"]
     assert sorted(seen[2:4]) in (["answer a0", "post a1"], ["answer a0", "answer b0"], ["answer b0", "post a1"])
     assert len(seen) == 6
 
 
-def test_nobody_waits_for_the_agent_of_another(sessions: list[Posted]) -> None:
+def test_nobody_waits_for_the_agent_of_another(links: list[Posted]) -> None:
     """The first has not answered; the second goes on, and it is the second that lets the first answer."""
-    first, second, *_ = sessions
+    first, second, *_ = links
     seen: list[str] = []
 
     def slow() -> Steps:
@@ -92,9 +92,9 @@ def test_nobody_waits_for_the_agent_of_another(sessions: list[Posted]) -> None:
     assert seen == ["quick", "slow"]
 
 
-def test_work_goes_on_when_the_time_for_an_answer_is_over(sessions: list[Posted]) -> None:
+def test_work_goes_on_when_the_time_for_an_answer_is_over(links: list[Posted]) -> None:
     """What that means is for whoever waits to say; here nothing hangs."""
-    silent = sessions[0]
+    silent = links[0]
     silent.rest_s = 0.0
 
     def work() -> Steps:
@@ -105,14 +105,14 @@ def test_work_goes_on_when_the_time_for_an_answer_is_over(sessions: list[Posted]
 
 
 def test_those_under_way_are_told_when_waiting_itself_fails(
-    sessions: list[Posted], monkeypatch: pytest.MonkeyPatch
+    links: list[Posted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever their tables do then, nobody will note it."""
     told: list[str] = []
 
-    def work(name: str, session: Posted) -> Steps:
+    def work(name: str, link: Posted) -> Steps:
         try:
-            yield waiting_for(session)
+            yield waiting_for(link)
         except GeneratorExit:
             told.append(name)
             raise
@@ -130,26 +130,26 @@ def test_those_under_way_are_told_when_waiting_itself_fails(
 
     monkeypatch.setattr(select, "poll", Fails)
     with pytest.raises(MemoryError):
-        carry_out([work("a", sessions[0]), work("b", sessions[1])])
+        carry_out([work("a", links[0]), work("b", links[1])])
     assert told == ["a", "b"]
 
 
-def test_work_of_others_is_done_when_one_fails(sessions: list[Posted]) -> None:
+def test_work_of_others_is_done_when_one_fails(links: list[Posted]) -> None:
     done: list[str] = []
 
-    def work(name: str, session: Posted, error: type[BaseException] | None) -> Steps:
-        session.answer()
-        yield waiting_for(session)
-        session.take()
+    def work(name: str, link: Posted, error: type[BaseException] | None) -> Steps:
+        link.answer()
+        yield waiting_for(link)
+        link.take()
         if error is not None:
             raise error(name)
-        session.answer()
-        yield waiting_for(session)
+        link.answer()
+        yield waiting_for(link)
         done.append(name)
         return 1
 
     errors: list[Any] = [None, KeyboardInterrupt, None, None]
-    works = [work(str(at), session, error) for at, (session, error) in enumerate(zip(sessions, errors, strict=True))]
+    works = [work(str(at), link, error) for at, (link, error) in enumerate(zip(links, errors, strict=True))]
     with pytest.raises(KeyboardInterrupt, match="1"):
         carry_out(works)
     assert sorted(done) == ["0", "2", "3"]

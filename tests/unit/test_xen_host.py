@@ -22,10 +22,10 @@ from memshr.types import PAGE_SIZE, DomainKind, DomId, Gfn, Handle, PageArray
 from memshr.xen import XenHypervisor, connect, runs_xen
 from memshr.xen.audit import Auditor
 from memshr.xen.connection import Connection
-from memshr.xen.groups import Groups
 from memshr.xen.libxc import RELEASES, DominfFlag, Libxc, Release
 from memshr.xen.mappings import BATCH_PAGES
 from memshr.xen.names import Names
+from memshr.xen.sharers import Sharers
 from standin.xen import Build, StandIn, open_stand_in
 
 SELFTEST = Path(__file__).parents[2] / "tools" / "xen-selftest"
@@ -448,7 +448,7 @@ def test_no_walk_ever_gives_up_what_a_third_domain_maps(seed: int) -> None:
 
 
 def test_knowledge_of_groups_is_bounded() -> None:
-    groups = Groups(max_frames=2)
+    groups = Sharers(max_frames=2)
     page = DomId(1), Gfn(0)
     for handle in (2, 3, 4):
         groups.join(page, Handle(handle), (DomId(1), Gfn(handle)), Handle(90 + handle))

@@ -7,7 +7,7 @@ import click
 from memshr.cli.options import as_json, print_json
 from memshr.cli.rights import given_up
 from memshr.estimation.result import read_estimate
-from memshr.render.difference import compare
+from memshr.render.difference import difference
 from memshr.render.difference_text import print_difference
 
 
@@ -23,8 +23,8 @@ def compare_(before: str, after: str, as_json: bool) -> None:
     domain, new and gone domains, and the pairs of domains whose common contents changed most.
     """
     with given_up(estimates=(before, after)):
-        comparison = compare(read_estimate(before), read_estimate(after))
+        changes = difference(read_estimate(before), read_estimate(after))
     if as_json:
-        print_json(comparison.to_dict())
+        print_json(changes.to_dict())
     else:
-        print_difference(comparison)
+        print_difference(changes)

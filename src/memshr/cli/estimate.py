@@ -13,7 +13,7 @@ from memshr.cli.options import print_json, sharing_options
 from memshr.cli.report_files import report_files, write_reports
 from memshr.cli.rights import given_up
 from memshr.cli.running import progress_bar
-from memshr.estimation.analysis import Progress
+from memshr.estimation.analysis import EstimateProgress
 from memshr.estimation.estimate import estimate as estimate_sources
 from memshr.opening.grammar import only_images
 from memshr.render.estimate_text import print_estimate
@@ -113,9 +113,9 @@ def estimate(
 
 
 @contextlib.contextmanager
-def _estimate_progress() -> Iterator[Callable[[Progress], None]]:
+def _estimate_progress() -> Iterator[Callable[[EstimateProgress], None]]:
     with progress_bar() as bar:
-        tasks = {phase: bar.add_task(phase, total=None) for phase in ("scan", "compare")}
+        tasks = {phase: bar.add_task(phase, total=None) for phase in ("look", "compare")}
         yield lambda progress: bar.update(
             tasks[progress.phase], completed=progress.done_pages, total=progress.total_pages
         )

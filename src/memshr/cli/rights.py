@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 from memshr import opened, privilege
 from memshr.errors import MemshrError, printable
-from memshr.estimation.guesses import hold_file
-from memshr.images import hold_image
+from memshr.estimation.guesses import keep_file_open
+from memshr.images import keep_image_open
 from memshr.render.files import FileWriter, WriteFile, write_file
 from memshr.render.html import load_html_libraries
 
@@ -56,9 +56,9 @@ def given_up(
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.ExitStack() as stack:
         for image in images:
-            hold_image(image)
+            keep_image_open(image)
         for path in compared:
-            hold_file(path)
+            keep_file_open(path)
         for path in estimates:
             _hold(path)
         writers = [(os.fspath(path), stack.enter_context(FileWriter(path))) for path in outputs if path is not None]
@@ -81,7 +81,7 @@ def given_up(
 
 def _hold(path: str | os.PathLike[str]) -> None:
     try:
-        opened.hold(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        opened.keep(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         name = os.fspath(path) if os.fspath(path).isprintable() else repr(os.fspath(path))
         raise MemshrError(f"{name}: cannot be read: {error.strerror}") from error

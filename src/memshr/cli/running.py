@@ -17,8 +17,7 @@ from memshr.content.fingerprint import SEED_BITS
 from memshr.hypervisor import Hypervisor
 from memshr.render.wording import printable
 from memshr.sharing.result import SharingReport
-from memshr.sharing.session import Progress as SessionProgress
-from memshr.sharing.session import SharingOptions, share
+from memshr.sharing.session import SharingOptions, SharingProgress, share
 from memshr.trust import trust_groups
 from memshr.types import DomId
 
@@ -77,11 +76,11 @@ def progress_bar() -> Iterator[Progress]:
 
 
 @contextmanager
-def _session_progress() -> Iterator[Callable[[SessionProgress], None]]:
+def _session_progress() -> Iterator[Callable[[SharingProgress], None]]:
     with progress_bar() as bar:
         tasks: dict[tuple[str, str], TaskID] = {}
 
-        def show(progress: SessionProgress) -> None:
+        def show(progress: SharingProgress) -> None:
             key = progress.group, progress.phase
             if key not in tasks:
                 tasks[key] = bar.add_task(printable(f"{progress.phase} {progress.group}"), total=progress.total_pages)

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from memshr.content.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprints
 
-Rows = NDArray[np.int64]
+Indices = NDArray[np.int64]
 """Indices of pages in the arrays of a scan."""
+BatchRows = NDArray[np.intp]
+"""Indices of pages in one batch."""
 Classes = NDArray[np.int64]
 """Class numbers, ascending from 0."""
 
@@ -27,7 +29,7 @@ class Candidates:
         fingerprint 0, the zero pages, is before all others.
     """
 
-    rows: Rows
+    rows: Indices
     classes: Classes
 
     def __len__(self) -> int:
@@ -65,17 +67,17 @@ class PackedClasses:
     keys: NDArray[np.int64]
     bits: int
 
-    def rows(self, part: slice) -> Rows:
+    def rows(self, part: slice) -> Indices:
         """The rows of these candidates."""
         return self.keys[part] & ((1 << self.bits) - 1)
 
-    def leaders(self, part: slice) -> Rows:
+    def leaders(self, part: slice) -> Indices:
         """The first row of the class of each of these candidates; not for the class of fingerprint 0."""
         return (self.keys[part] >> self.bits) - 1
 
 
 MAX_ROWS = 1 << 31
-"""Rows that a class can be packed with: 8 TiB of pages."""
+"""Indices that a class can be packed with: 8 TiB of pages."""
 
 
 def packed_classes(fingerprints: Fingerprints, *, zero_pages: bool = True) -> PackedClasses:
@@ -122,7 +124,7 @@ def repeated(fingerprints: Fingerprints) -> NDArray[np.bool_]:
     return result
 
 
-def _in_order(fingerprints: Fingerprints) -> tuple[Rows, NDArray[np.bool_]]:
+def _in_order(fingerprints: Fingerprints) -> tuple[Indices, NDArray[np.bool_]]:
     # The rows by fingerprint, then by row; and which have the fingerprint of the one before. Numbers are sorted several
     # times faster than indices, so what is sorted are the top bits of the fingerprints, with the rows below them.
     low = np.uint64((1 << len(fingerprints).bit_length()) - 1)

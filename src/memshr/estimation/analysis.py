@@ -30,7 +30,7 @@ from memshr.estimation.compare import compare
 from memshr.estimation.count import TOP_CONTENTS, Tally, TopContent
 from memshr.estimation.guesses import ZERO_PAGE, guess, pages_of_files
 from memshr.estimation.limits import limits
-from memshr.estimation.look import Findings, Verdict, look_again_at_zeros, scan, survey
+from memshr.estimation.look import Findings, Verdict, look, look_again_at_zeros, survey
 from memshr.estimation.population import Population
 from memshr.estimation.readers import Readers
 from memshr.estimation.result import Content, Estimate, Method, Place
@@ -71,8 +71,8 @@ class EstimateOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """How far an estimate is; ``phase`` is ``scan`` or ``compare``."""
+class EstimateProgress:
+    """How far an estimate is; ``phase`` is ``look`` or ``compare``."""
 
     phase: str
     done_pages: int
@@ -87,7 +87,7 @@ def analyse(
     new_seed: Callable[[], int],
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], None] = time.sleep,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[EstimateProgress], None] = lambda _: None,
     fingerprinting: Fingerprinting | None = None,
 ) -> Estimate:
     """What sharing would save in ``subjects``: exactly, or within bounds if a sample is drawn.
@@ -113,7 +113,7 @@ def analyse(
         # What is read lies apart, and a disk is faster with several requests to choose from.
         readers = Readers(options.threads or _SAMPLE_THREADS, options.rate_bytes_per_s, clock=clock, wait=wait)
     with fingerprinting(seed) as fingerprint_pages:
-        scan(population, findings, fingerprint_pages, readers, _advancing(progress, "scan", population.rows))
+        look(population, findings, fingerprint_pages, readers, _advancing(progress, "look", population.rows))
         if live:
             wait(options.interval_s)
             look_again_at_zeros(population, findings, fingerprint_pages, readers)
@@ -165,13 +165,13 @@ def _groups(population: Population, specs: Sequence[str]) -> Groups:
     return Groups([group.name for group in found], members, group_of)
 
 
-def _advancing(progress: Callable[[Progress], None], phase: str, total_pages: int) -> Callable[[int], None]:
+def _advancing(progress: Callable[[EstimateProgress], None], phase: str, total_pages: int) -> Callable[[int], None]:
     done_pages = 0
 
     def advance(pages: int) -> None:
         nonlocal done_pages
         done_pages += pages
-        progress(Progress(phase, done_pages, total_pages))
+        progress(EstimateProgress(phase, done_pages, total_pages))
 
     return advance
 

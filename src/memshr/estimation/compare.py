@@ -23,7 +23,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.content.classes import PackedClasses, packed_classes
+from memshr.content.classes import BatchRows, PackedClasses, packed_classes
 from memshr.content.fingerprint import FingerprintPages, Fingerprints, universal_fingerprints
 from memshr.errors import MemshrError
 from memshr.estimation.look import Findings, Verdict
@@ -40,9 +40,6 @@ _MEAN_RUN_PAGES = 4
 
 _GONE = np.iinfo(np.int64).max
 """The key of a page that is no candidate any more: sorts behind all others."""
-
-Places = NDArray[np.int64]
-"""Indices within one batch."""
 
 
 @dataclass(slots=True)
@@ -154,7 +151,7 @@ class _Batch:
     # Candidates class by class; ``place[i]`` is where in ``words`` the page of candidate i is.
 
     def __init__(
-        self, rows: Rows, leaders: Rows, place: Places, readable: NDArray[np.bool_], words: NDArray[np.uint64]
+        self, rows: Rows, leaders: Rows, place: BatchRows, readable: NDArray[np.bool_], words: NDArray[np.uint64]
     ) -> None:
         self._rows = rows
         self._readable = readable

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from memshr.content.fingerprint import SEED_BITS
-from memshr.estimation.analysis import EstimateOptions, Progress, analyse
+from memshr.estimation.analysis import EstimateOptions, EstimateProgress, analyse
 from memshr.estimation.result import Estimate
 from memshr.estimation.sampling import SampleOptions, denominator_of
 from memshr.opening.sources import open_sources
@@ -29,7 +29,7 @@ def estimate(
     seed: int | None = None,
     against: Sequence[str | os.PathLike[str]] = (),
     threads: int | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[EstimateProgress], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Estimate:
     """What sharing would save. Reads only.

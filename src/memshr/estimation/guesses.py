@@ -70,7 +70,7 @@ def _looks_like_code(page: bytes) -> bool:
     return sum(counts) >= _MIN_MARKS and sum(count > 0 for count in counts) >= _MIN_KINDS
 
 
-def hold_file(path: str | os.PathLike[str]) -> None:
+def keep_file_open(path: str | os.PathLike[str]) -> None:
     """Open a file that ``pages_of_files`` is to look into, for a process that is about to lose the right to.
 
     :raises ImageError: as ``pages_of_files``.
@@ -78,7 +78,7 @@ def hold_file(path: str | os.PathLike[str]) -> None:
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise _no_regular_file(Path(path))
-        opened.hold(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        opened.keep(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror}", path=path) from error
 

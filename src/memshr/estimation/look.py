@@ -72,7 +72,7 @@ def survey(population: Population) -> Findings:
     return Findings(_VERDICTS[states], np.zeros(population.rows, np.uint64), states == PageState.HUGE)
 
 
-def scan(
+def look(
     population: Population,
     findings: Findings,
     fingerprint_pages: FingerprintPages,

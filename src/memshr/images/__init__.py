@@ -32,7 +32,7 @@ from memshr.images.raw import Raw
 from memshr.images.vmware import Vmware
 from memshr.images.xlcore import XlCore
 
-__all__ = ["FORMATS", "MemoryImage", "hold_image", "open_image"]
+__all__ = ["FORMATS", "MemoryImage", "keep_image_open", "open_image"]
 
 FORMATS: tuple[ImageFormat, ...] = (
     XlCore(),  # before elfcore: an ELF core, too
@@ -81,7 +81,7 @@ def open_image(path: str | os.PathLike[str], *, format: str | None = None) -> Me
         raise
 
 
-def hold_image(path: str | os.PathLike[str]) -> None:
+def keep_image_open(path: str | os.PathLike[str]) -> None:
     """Open what ``open_image`` may want for this path, for a process that is about to lose the right to (``opened``).
 
     No contents are looked at: files next to the image are chosen by their names, kinds and sizes. A link is followed if
@@ -92,7 +92,7 @@ def hold_image(path: str | os.PathLike[str]) -> None:
     named = Path(path)
     file = _file_of(named, FORMATS)
     image = ImageFile(file)
-    opened.hold(file, os.dup(image.fileno()))
+    opened.keep(file, os.dup(image.fileno()))
     image.close()
     beside: list[Path] = []
     for row in FORMATS:
@@ -101,11 +101,11 @@ def hold_image(path: str | os.PathLike[str]) -> None:
                 with contextlib.suppress(OSError):
                     descriptor = os.open(other, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
                     if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                        opened.hold(other, descriptor)
+                        opened.keep(other, descriptor)
                         beside.append(other)
                     else:
                         os.close(descriptor)
-    opened.hold_folder(file.parent, beside)
+    opened.keep_folder(file.parent, beside)
 
 
 def _file_of(path: Path, rows: Sequence[ImageFormat]) -> Path:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from memshr.errors import BackendError, ImageError
 from memshr.images.elfcore import MAX_SEGMENTS, CoreWriter
-from memshr.procfs import Mapping, ProcessMemory, true_runs
+from memshr.procfs import ProcessMemory, Vma, true_runs
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes, page_buffer
 
 _BATCH_BYTES = 16 << 20
@@ -106,7 +106,7 @@ def capture_process(
     )
 
 
-def is_captured(mapping: Mapping) -> bool:
+def is_captured(mapping: Vma) -> bool:
     """Whether a mapping is memory that the process has to itself; the module's docstring says what is not."""
     device = mapping.path.startswith("/dev/") and not mapping.path.startswith(_MEMORY_BELOW_DEV)
     kernel = mapping.path.startswith(("[vvar", "[vsyscall"))

@@ -7,7 +7,7 @@ and memshr may die at any instant. So:
   maps it and makes the thread, once in the life of a QEMU. The thread has all signals blocked, a stack of its own and
   no ties to QEMU's locks; it is cloned with the flags of an ordinary thread, the only ones that QEMU's own sandbox lets
   pass. A later memshr finds the area in /proc/PID/maps and opens it through /proc/PID/map_files.
-* **A session** is a Unix socket whose one end the thread holds and whose other end we hold. One byte from us: run the
+* **A link** is a Unix socket whose one end the thread holds and whose other end we hold. One byte from us: run the
   table. One byte back: done. *The end of the stream: memshr is gone*, and the thread closes everything that it had for
   us and goes to sleep until the next socket is offered. So nothing of ours stays behind, and nothing has to be cleaned
   up by whoever comes next. Descriptors go to the thread over this socket, not through QEMU's monitor.
@@ -94,7 +94,7 @@ class AgentCallError(BackendError):
         self.done = done
 
 
-def is_in_session(pid: int) -> bool:
+def is_linked(pid: int) -> bool:
     """Whether an agent in this QEMU is at work for some memshr, a living one or one that has died just now.
 
     :raises OSError: the process is gone, or we may not look into it.
@@ -106,7 +106,7 @@ def is_in_session(pid: int) -> bool:
     return busy
 
 
-class Session:
+class AgentLink:
     """A connection with the agent of one QEMU, from ``open`` until ``close`` or our death.
 
     ``uffd`` is our copy of the userfaultfd of QEMU's memory, which has shaken hands already; ``features`` are what the
@@ -131,33 +131,33 @@ class Session:
         self.local_pieces, self.remote_pieces = (
             np.frombuffer(control.memory, IOVEC, syscalls.IOV_MAX, offset) for offset in (LOCAL_PIECES, REMOTE_PIECES)
         )
-        _open_sessions.add(self)
+        _open_links.add(self)
 
     @classmethod
     def open(cls, pid: int, pidfd: int, name: str, control: ControlArea, monitor: Monitor) -> Self:
         """Offer a socket to the sleeping agent, and have it make a userfaultfd. If it fails nothing of it stays.
 
-        :param control: owned by the session from now on, also if this fails.
-        :raises RefusedDomainError: another memshr has a session, or QEMU may not make a userfaultfd.
+        :param control: owned by the link from now on, also if this fails.
+        :raises RefusedDomainError: another memshr is at work on it, or QEMU may not make a userfaultfd.
         :raises ConnectionLostError: the agent does not answer.
         """
-        session = None
+        link = None
         try:
             _wait_until_free(control, pid, name)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             with theirs:
-                session = cls(control, ours)
-                session._offer(pid, pidfd, name, theirs, monitor)
-            session._make_userfaultfd(pidfd, name)
+                link = cls(control, ours)
+                link._offer(pid, pidfd, name, theirs, monitor)
+            link._make_userfaultfd(pidfd, name)
             # While it is at work somebody may be waiting for it, and the guest's own processors are busy.
-            session._prefer(control.thread(pid))
+            link._prefer(control.thread(pid))
         except BaseException:
-            if session is None:
+            if link is None:
                 control.close()
             else:
-                session.close()
+                link.close()
             raise
-        return session
+        return link
 
     def _offer(self, pid: int, pidfd: int, name: str, theirs: socket.socket, monitor: Monitor) -> None:
         control = self.control
@@ -227,7 +227,7 @@ class Session:
             with contextlib.suppress(OSError):
                 before = os.getpriority(os.PRIO_PROCESS, tid)
                 self._priority = tid, before
-                syscalls.hurry(tid)
+                syscalls.set_priority(tid)
 
     # -- protection ------------------------------------------------------------------------------------------------
 
@@ -398,7 +398,7 @@ class Session:
     # -- descriptors -----------------------------------------------------------------------------------------------
 
     def give(self, descriptor: int) -> int:
-        """Hand a descriptor of ours to the agent, which closes it when the session ends; returns its number in QEMU.
+        """Hand a descriptor of ours to the agent, which closes it when the link ends; returns its number in QEMU.
 
         :raises AgentCallError: QEMU has too many open.
         """
@@ -439,7 +439,7 @@ class Session:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def end_agent(self, pid: int) -> None:
-        """Have the agent close its descriptors and end; the session is closed then.
+        """Have the agent close its descriptors and end; the link is closed then.
 
         :raises ConnectionLostError: it has not ended; QEMU does not run.
         """
@@ -456,14 +456,14 @@ class Session:
         self.close()
 
     def release_files(self) -> None:
-        """Close our ends without ending the session; for the child of a fork."""
+        """Close our ends without ending the link; for the child of a fork."""
         uffd, self.uffd = self.uffd, -1
         if uffd >= 0:
             os.close(uffd)
         self._wire.close()
 
     def __del__(self) -> None:
-        # An interrupt may come between the making of a session and the note of whose it is. Its userfaultfd must not
+        # An interrupt may come between the making of a link and the note of whose it is. Its userfaultfd must not
         # stay open: nobody could attach to the guest again.
         if self.control.file >= 0:
             self.close()
@@ -477,10 +477,10 @@ class Session:
             os.close(uffd)
 
     def close(self) -> None:
-        """End the session: the agent closes its descriptors, all protection ends, waiting writers go on."""
+        """End the link: the agent closes its descriptors, all protection ends, waiting writers go on."""
         self.abandon()
         self._wire.close()
-        _open_sessions.discard(self)
+        _open_links.discard(self)
         if self._priority is not None:
             tid, before = self._priority
             self._priority = None
@@ -501,13 +501,13 @@ class Session:
 
 _NO_TABLE: Final = np.empty((0, 8), dtype=np.uint64)
 
-_open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+_open_links: weakref.WeakSet[AgentLink] = weakref.WeakSet()
 
 
 def _let_go_in_child() -> None:
     # A forked child that kept a socket open would hide our death from the agent, and writers would wait for it.
-    for session in list(_open_sessions):
-        session.release_files()
+    for link in list(_open_links):
+        link.release_files()
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
@@ -546,7 +546,7 @@ def _wait_until_free(control: ControlArea, pid: int, name: str) -> None:
     while control.is_taken():
         if time.monotonic() > end:
             raise RefusedDomainError(
-                f"another memshr has a session with guest {name} ({pid})",
+                f"another memshr is at work on guest {name} ({pid})",
                 reasons=["another memshr is at work on it"],
                 remedy="end the other one first",
             )

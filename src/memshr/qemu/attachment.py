@@ -3,9 +3,9 @@
 What makes this hard: between our look at a guest and what we then do, everything may fail, and a guest whose pages we
 have protected waits for us. So a guest is in one of these states, and ``_become`` alone changes it:
 
-* *looking*: nothing of it has been changed. *attaching*: a session is being made; if that fails in whatever way, the
-  session is given up and the guest is as before. *attached*: its pages can be protected and remapped.
-* *lost*: a look or a call failed, or an answer did not come, while a session was open. The session is given up at once:
+* *looking*: nothing of it has been changed. *attaching*: a link is being made; if that fails in whatever way, the
+  link is given up and the guest is as before. *attached*: its pages can be protected and remapped.
+* *lost*: a look or a call failed, or an answer did not come, while a link was open. The link is given up at once:
   the kernel lets every writer go on. Nothing more is done to the guest unless it is attached anew.
 * *gone*: the process has ended; the pidfd says so and nothing else does.
 
@@ -40,9 +40,9 @@ from memshr.errors import (
     RefusedDomainError,
     Status,
 )
-from memshr.procfs import Mapping, Mappings
+from memshr.procfs import Vma, Vmas
 from memshr.qemu import control_area, pagemap, syscalls, tables
-from memshr.qemu.agent import AgentCallError, Session, entries
+from memshr.qemu.agent import AgentCallError, AgentLink, entries
 from memshr.qemu.bounded import StuckError
 from memshr.qemu.control_area import NOT_EQUAL, Original
 from memshr.qemu.guests import GuestProcess
@@ -58,7 +58,7 @@ from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
 _log = logging.getLogger(__name__)
 
 BATCH_ENTRIES: Final = 384
-"""Mappings that one table changes: a writer of one of its pages waits for the rest of the table (7 to 20 us for each
+"""Vmas that one table changes: a writer of one of its pages waits for the rest of the table (7 to 20 us for each
 isolated page on the development machine, so 8 ms at most if nobody is in the agent's way)."""
 BATCH_PAGES: Final = BATCH_ENTRIES
 """Pages that are in flight together, for the same reason: each may be an isolated one."""
@@ -101,8 +101,8 @@ _TRANSITIONS: Final = {
     GuestState.GONE: set(),
 }
 
-Steps = Generator[Session, None, int]
-"""Work of one agent, table by table: each step ends when one is posted to this session. Returns how much was done."""
+Steps = Generator[AgentLink, None, int]
+"""Work of one agent, table by table: each step ends when one is posted to this link. Returns how much was done."""
 
 
 def carry_out(works: Iterable[Steps]) -> list[int]:
@@ -114,14 +114,14 @@ def carry_out(works: Iterable[Steps]) -> list[int]:
         that are under way are closed (GeneratorExit).
     """
     results: dict[int, int] = {}
-    waiting: dict[int, tuple[int, Steps, Session]] = {}
+    waiting: dict[int, tuple[int, Steps, AgentLink]] = {}
     failure: BaseException | None = None
     poll = select.poll()
 
     def go_on(number: int, steps: Steps) -> None:
         nonlocal failure
         try:
-            session = next(steps)
+            link = next(steps)
         except StopIteration as end:
             results[number] = end.value
             return
@@ -129,16 +129,16 @@ def carry_out(works: Iterable[Steps]) -> list[int]:
             results[number] = 0
             failure = failure or error
             return
-        waiting[session.fileno()] = number, steps, session
-        poll.register(session.fileno(), select.POLLIN)
+        waiting[link.fileno()] = number, steps, link
+        poll.register(link.fileno(), select.POLLIN)
 
     try:
         for number, steps in enumerate(works):
             go_on(number, steps)
         while waiting:
-            rest_s = min(session.rest_s for _, _, session in waiting.values())
+            rest_s = min(link.rest_s for _, _, link in waiting.values())
             ready = {fileno for fileno, _ in poll.poll(rest_s * 1000)}
-            ready |= {fileno for fileno, (_, _, session) in waiting.items() if not session.rest_s}
+            ready |= {fileno for fileno, (_, _, link) in waiting.items() if not link.rest_s}
             for fileno in ready:
                 poll.unregister(fileno)
                 number, steps, _ = waiting.pop(fileno)
@@ -162,7 +162,7 @@ class PoolMappings:
     :param frames: the number of the frame that is mapped there, shape ``(n,)``.
     """
 
-    sample: Mapping
+    sample: Vma
     hvas: NDArray[np.int64]
     frames: NDArray[np.int64]
 
@@ -186,12 +186,12 @@ class Attachment:
         self.domid = domid
         self.process = process
         self.state = GuestState.LOOKING
-        self.session: Session | None = None
+        self.link: AgentLink | None = None
         self.must_drain = False
         self.why: BaseException | None = None
         """why it is lost, or could not be attached"""
         self.on_lost: Callable[[Attachment], None] = lambda _: None
-        """called when a session is given up: whoever has books about it forgets them"""
+        """called when a link is given up: whoever has books about it forgets them"""
         self._giving_up = threading.Lock()
         self._kept: list[Kept] = []
         self._policies: list[tuple[int, bytes]] = []
@@ -248,8 +248,8 @@ class Attachment:
         raise self.ended()
 
     def lose(self, why: BaseException) -> None:
-        """Give its session up, whatever is under way: all protection ends, every writer goes on. Never raises."""
-        if self.session is None:
+        """Give its link up, whatever is under way: all protection ends, every writer goes on. Never raises."""
+        if self.link is None:
             return
         self.why = why
         _log.warning("guest %s (%d) is given up: %s", self.process.name, self.process.pid, why)
@@ -258,16 +258,16 @@ class Attachment:
     def _give_up(self, state: GuestState) -> None:
         with uninterrupted():
             with self._giving_up:  # the write watch may find out at the same time
-                session, self.session = self.session, None
+                link, self.link = self.link, None
                 if self.state is not GuestState.GONE:
                     self._become(state)
             self._pool_numbers = {}
-            if session is not None:
-                session.abandon()
+            if link is not None:
+                link.abandon()
             self.target.forget_mappings()
             self.on_lost(self)
-            if session is not None:
-                session.close()
+            if link is not None:
+                link.close()
 
     def lost_error(self) -> RefusedDomainError:
         """The error for a guest that was given up."""
@@ -320,16 +320,16 @@ class Attachment:
             self.lose(error)
             raise self.lost_error() from error
 
-    def working_session(self) -> Session:
-        """The session.
+    def working_link(self) -> AgentLink:
+        """The link.
 
         :raises NoSuchDomainError: the guest has ended. :raises RefusedDomainError: it was given up.
         """
-        if self.session is None:
+        if self.link is None:
             if self.gone:
                 raise self.ended()
             raise self.lost_error()
-        return self.session
+        return self.link
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -347,8 +347,8 @@ class Attachment:
         with self._asking():
             return self.target.zero_pages(entries_)
 
-    def mappings(self) -> Mappings:
-        """What QEMU has mapped now; the same object as the last time in this session if nothing has changed since."""
+    def mappings(self) -> Vmas:
+        """What QEMU has mapped now; the same object as the last time in this link if nothing has changed since."""
         with self._asking():
             mappings = self.target.mappings()
             if not len(mappings):  # a process that is exiting has given its memory up before it is said to have ended
@@ -391,7 +391,7 @@ class Attachment:
                 raise OSError(errno.ESRCH, "it has executed another program")
 
     @staticmethod
-    def pool_mappings(mappings: Mappings) -> Iterator[PoolMappings]:
+    def pool_mappings(mappings: Vmas) -> Iterator[PoolMappings]:
         """Where QEMU has files mapped that are called like frame pools, one by one; made for tens of thousands.
 
         :param mappings: what it has mapped.
@@ -434,15 +434,15 @@ class Attachment:
             return self.target.has_agent()
 
     def attach(
-        self, injector: Injector, available_bytes: int, watching: Callable[[Attachment, Session], object]
-    ) -> Mappings:
-        """Find or install the agent, open a session, make all RAM one that can be write-protected.
+        self, injector: Injector, available_bytes: int, watching: Callable[[Attachment, AgentLink], object]
+    ) -> Vmas:
+        """Find or install the agent, open a link, make all RAM one that can be write-protected.
 
-        If it fails, in whatever way, no session is left.
+        If it fails, in whatever way, no link is left.
 
         :param available_bytes: how much memory of the host giving KSM's pages back may take.
         :param watching: called before any page can be protected: from then on somebody hears of writes.
-        :returns: what QEMU has mapped since the session began.
+        :returns: what QEMU has mapped since the link began.
         :raises RefusedDomainError: the guest must not be touched; ``reasons`` says why.
         """
         began_s = time.monotonic()
@@ -450,20 +450,20 @@ class Attachment:
         try:
             try:
                 self.must_drain = self.target.has_direct_drives()
-                self.session = self.target.connect(list(self.ram.layout), injector, self.domid)
-                watching(self, self.session)
+                self.link = self.target.connect(list(self.ram.layout), injector, self.domid)
+                watching(self, self.link)
                 self.target.forget_mappings()
                 mappings = self.target.mappings()
                 self._clear_side(mappings)
-                self._keep_originals(self.session)
-                self._take_from_ksm(self.session, available_bytes)
+                self._keep_originals(self.link)
+                self._take_from_ksm(self.link, available_bytes)
                 self.register()
                 self._mappings_left = self.target.mappings_left() - MAP_RESERVE
                 mappings = self.target.mappings()
             except OSError as error:
                 raise self.failed(error) from error
         except BaseException:
-            if self.state is GuestState.ATTACHING or self.session is not None:
+            if self.state is GuestState.ATTACHING or self.link is not None:
                 self._give_up(GuestState.GONE if self.target.has_ended() else GuestState.LOOKING)
             raise
         self.why = None
@@ -475,24 +475,24 @@ class Attachment:
         )
         return mappings
 
-    def _keep_originals(self, session: Session) -> None:
+    def _keep_originals(self, link: AgentLink) -> None:
         # How QEMU had set each range of RAM, from the first memshr's notes; of ranges that are new it is noted now.
-        notes = session.originals
+        notes = link.originals
         known = {(note.start, note.end): at for at, note in enumerate(notes)}
         for ram in self.ram.layout:
             if (ram.hva, ram.end_hva) not in known:
                 known[ram.hva, ram.end_hva] = len(notes)
-                policy, nodes = self._policy_at(session, ram.hva)
+                policy, nodes = self._policy_at(link, ram.hva)
                 flags = tables.bits_of(self.target.flags_at(ram.hva))
                 notes.append(Original(ram.hva, ram.end_hva, flags, policy, nodes))
-        session.originals = notes
+        link.originals = notes
         self._kept = []
         for ram in self.ram.layout:
             at = known[ram.hva, ram.end_hva]
             # A QEMU may have written into the notes: they are about nobody but itself, but they must be possible.
             policy = notes[at].policy if 0 <= notes[at].policy < _MOST_POLICIES else 0
             flags = notes[at].flags & tables.bits_of(frozenset(tables.FLAGS))
-            self._kept.append(Kept(flags, policy, session.nodes_address(at)))
+            self._kept.append(Kept(flags, policy, link.nodes_address(at)))
         self._policies = [
             (kept.policy, notes[known[where]].nodes) for kept, where in zip(self._kept, self._ranges(), strict=True)
         ]
@@ -517,17 +517,17 @@ class Attachment:
         return of_range[self.ram.range_of_hvas(self.hvas[pages])], distinct
 
     @staticmethod
-    def _policy_at(session: Session, hva: int) -> tuple[int, bytes]:
+    def _policy_at(link: AgentLink, hva: int) -> tuple[int, bytes]:
         # The NUMA policy of the mapping at an address, as get_mempolicy(2) tells QEMU itself.
-        at, bits = session.scratch_address, tables.NODE_MASK_BITS
-        if not session.may_call(syscalls.NR_GET_MEMPOLICY):
+        at, bits = link.scratch_address, tables.NODE_MASK_BITS
+        if not link.may_call(syscalls.NR_GET_MEMPOLICY):
             return 0, b""
-        if session.call(syscalls.NR_GET_MEMPOLICY, at, at + 8, bits, hva, _MPOL_F_ADDR) < 0:
+        if link.call(syscalls.NR_GET_MEMPOLICY, at, at + 8, bits, hva, _MPOL_F_ADDR) < 0:
             return 0, b""  # a kernel without NUMA has none
-        found = session.scratch(8 + control_area.NODE_MASK_BYTES)
+        found = link.scratch(8 + control_area.NODE_MASK_BYTES)
         return int.from_bytes(found[:4], "little", signed=True), found[8:]
 
-    def _take_from_ksm(self, session: Session, available_bytes: int) -> None:
+    def _take_from_ksm(self, link: AgentLink, available_bytes: int) -> None:
         # What KSM merges anew loses its write protection (docs/nominations.md): none of this RAM may be its to merge.
         merged = self.target.ksm_pages()
         if merged * PAGE_SIZE > available_bytes:
@@ -538,7 +538,7 @@ class Attachment:
                 domid=self.domid,
                 remedy="free memory, or have KSM unmerge all (write 2 to /sys/kernel/mm/ksm/run)",
             )
-        if not session.may_call(syscalls.NR_MADVISE) and any(kept.flags & _MERGEABLE for kept in self._kept):
+        if not link.may_call(syscalls.NR_MADVISE) and any(kept.flags & _MERGEABLE for kept in self._kept):
             text = "its seccomp filter does not let its memory be taken from KSM"
             raise RefusedDomainError(
                 f"guest {self.process.name} ({self.process.pid}) is left alone: {text}",
@@ -553,13 +553,13 @@ class Attachment:
             for start in range(ram.hva, ram.end_hva, _UNMERGE_BYTES)
         ]
         for row in rows:
-            if session.run(entries([row], results=[0])) != 1:
-                raise session.failure(0, "taking its memory from KSM")
+            if link.run(entries([row], results=[0])) != 1:
+                raise link.failure(0, "taking its memory from KSM")
 
-    def _give_to_ksm(self, session: Session) -> None:
+    def _give_to_ksm(self, link: AgentLink) -> None:
         for ram, kept in zip(self.ram.layout, self._kept, strict=True):
             if kept.flags & _MERGEABLE:
-                session.call(syscalls.NR_MADVISE, ram.hva, ram.end_hva - ram.hva, syscalls.MADV_MERGEABLE)
+                link.call(syscalls.NR_MADVISE, ram.hva, ram.end_hva - ram.hva, syscalls.MADV_MERGEABLE)
 
     def count_mappings(self) -> None:
         """See how many mappings QEMU may still get."""
@@ -572,13 +572,13 @@ class Attachment:
         return self._mappings_left
 
     def pool_number(self, pool: FramePool) -> int:
-        """The number that ``pool`` has in QEMU, as a descriptor that can only read and that ends with the session."""
+        """The number that ``pool`` has in QEMU, as a descriptor that can only read and that ends with the link."""
         number = self._pool_numbers.get(pool.file)
         if number is None:
             readable = pool.readable()
             try:
                 with self._asking():
-                    number = self.working_session().give(readable)
+                    number = self.working_link().give(readable)
             finally:
                 os.close(readable)
             self._pool_numbers[pool.file] = number
@@ -590,7 +590,7 @@ class Attachment:
         for file, number in list(self._pool_numbers.items()):
             if file not in wanted:
                 with self._asking():
-                    self.working_session().drop(number)
+                    self.working_link().drop(number)
                 del self._pool_numbers[file]
 
     def drain(self) -> None:
@@ -602,25 +602,25 @@ class Attachment:
 
     def detach(self, injector: Injector) -> None:
         """Take the agent out of QEMU: thread, mappings, descriptors. No page may be on a frame any more."""
-        session = self.working_session()
+        link = self.working_link()
         try:
             with self._asking():
-                self._give_to_ksm(session)
-                session.originals = []
-                self.target.disconnect(session, injector)
+                self._give_to_ksm(link)
+                link.originals = []
+                self.target.disconnect(link, injector)
         finally:
             # Also if it fails: the agent may have ended by then, and nothing can be asked of it any more.
-            self.drop_session()
+            self.drop_link()
 
-    def drop_session(self) -> None:
-        """End the session: all protection ends. The agent stays, asleep."""
-        if self.session is not None:
+    def drop_link(self) -> None:
+        """End the link: all protection ends. The agent stays, asleep."""
+        if self.link is not None:
             self._give_up(GuestState.LOOKING)
 
     def close(self) -> None:
-        """End the session and close every file."""
+        """End the link and close every file."""
         try:
-            self.drop_session()
+            self.drop_link()
         finally:
             self.target.close()
 
@@ -628,21 +628,21 @@ class Attachment:
 
     def register(self) -> None:
         """Make every mapping of RAM one that can be write-protected; those that can already are left alone."""
-        session = self.working_session()
+        link = self.working_link()
         with self._asking():
             for ram in self.ram.layout:
-                session.register(ram.hva, ram.pages * PAGE_SIZE)
+                link.register(ram.hva, ram.pages * PAGE_SIZE)
         self._unregistered[:] = False
 
     def protect(self, pages: Pages) -> None:
         """Let writers of these pages wait from now on."""
-        session = self.working_session()
+        link = self.working_link()
         if self._unregistered[pages].any():
             self.register()
-        if not session.features & syscalls.UFFD_FEATURE_WP_UNPOPULATED:
+        if not link.features & syscalls.UFFD_FEATURE_WP_UNPOPULATED:
             self._touch(pages)
         with self._asking():
-            session.protect(self.ram.runs(pages))
+            link.protect(self.ram.runs(pages))
 
     def _touch(self, pages: Pages) -> None:
         # Without WP_UNPOPULATED a page that is not there cannot be protected: reading makes it the zero page first.
@@ -652,21 +652,21 @@ class Attachment:
 
     def unprotect(self, pages: Pages) -> None:
         """Let writers of these pages go on."""
-        session = self.working_session()
+        link = self.working_link()
         with self._asking():
             for run in self.ram.runs(pages):
                 try:
-                    session.unprotect([run])
+                    link.unprotect([run])
                 except OSError as error:
                     if error.errno != errno.ENOENT:  # a mapping of ours that is not registered has no protection
                         raise
 
     def wake(self) -> None:
         """Let everybody who waits at a protected page try again."""
-        session = self.working_session()
+        link = self.working_link()
         with self._asking():
             for ram in self.ram.layout:
-                session.wake(ram.hva, ram.pages * PAGE_SIZE)
+                link.wake(ram.hva, ram.pages * PAGE_SIZE)
 
     # -- remapping -------------------------------------------------------------------------------------------------
 
@@ -724,7 +724,7 @@ class Attachment:
 
     def _remap(self, table: Table) -> Steps:
         # How many calls of the table were done. What QEMU had set on the old mappings is put back after each batch.
-        session = self.working_session()
+        link = self.working_link()
         at_once = BATCH_ENTRIES if MAPPING_OVER_IS_SAFE else BATCH_ENTRIES // 2
         self._stopped_at_a_difference = False
         ranges = self.ram.range_of_hvas(table[:, 1].astype(np.int64))
@@ -738,18 +738,18 @@ class Attachment:
                     break
             calls, ends = batch, np.arange(1, len(batch) + 1)
             if not MAPPING_OVER_IS_SAFE:
-                calls, ends = tables.beside(batch, session.side_address, session.pid_inside)
+                calls, ends = tables.beside(batch, link.side_address, link.pid_inside)
             most = control_area.TABLE_ENTRIES - len(calls)
             advice = tables.restoring(batch, self._kept, ranges[done : done + len(batch)], most)
             began_s = time.monotonic()
             with self._asking():
-                session.post(np.concatenate([calls, np.array(advice, dtype=np.uint64).reshape(-1, 8)]))
+                link.post(np.concatenate([calls, np.array(advice, dtype=np.uint64).reshape(-1, 8)]))
             self._mappings_left -= growth
-            yield session
+            yield link
             with self._asking():
-                session.await_answer()
-            finished = int(np.searchsorted(ends, session.done, side="right"))
-            self._stopped_at_a_difference = finished < len(batch) and session.result(session.done) == NOT_EQUAL
+                link.await_answer()
+            finished = int(np.searchsorted(ends, link.done, side="right"))
+            self._stopped_at_a_difference = finished < len(batch) and link.result(link.done) == NOT_EQUAL
             if _log.isEnabledFor(logging.DEBUG):
                 took_us = (time.monotonic() - began_s) * 1e6
                 _log.debug("guest %s: %d of %d mappings, %.0f us", self.process.name, finished, len(batch), took_us)
@@ -768,7 +768,7 @@ class Attachment:
         :returns: how many of the pages, from the first on, were moved.
         :raises HostMemoryError: the host has no memory for them; nothing was moved.
         """
-        session = self.working_session()
+        link = self.working_link()
         runs = self.ram.runs(pages)
         ranges = self.ram.range_of_hvas(np.array([start for start, _ in runs], dtype=np.int64))
         moves = tables.copying(
@@ -776,23 +776,23 @@ class Attachment:
             filled,
             runs,
             [self._kept[at] for at in ranges.tolist()],
-            side=session.side_address,
-            pid=session.pid_inside,
-            addresses=session.pieces_addresses,
+            side=link.side_address,
+            pid=link.pid_inside,
+            addresses=link.pieces_addresses,
         )
         with self._asking():
-            session.set_pieces(moves.pieces)
-            session.post(moves.table)
-        yield session
+            link.set_pieces(moves.pieces)
+            link.post(moves.table)
+        yield link
         with self._asking():
-            session.await_answer()
-        done = session.done
+            link.await_answer()
+        done = link.done
         self._mappings_left -= len(runs)
         moved_runs = min(max(done - moves.before_moves, 0), len(runs))
         moved = sum(size for _, size in runs[:moved_runs]) >> PAGE_SHIFT
         self._unregistered[pages[:moved]] = True
         if done < len(moves.table):
-            failure = session.failure(done, "copying pages back")
+            failure = link.failure(done, "copying pages back")
             with self._asking():
                 self._clear_side(self.target.mappings())
             if not moved:
@@ -803,15 +803,15 @@ class Attachment:
                 ) from failure
         return moved
 
-    def _clear_side(self, mappings: Mappings) -> None:
+    def _clear_side(self, mappings: Vmas) -> None:
         # Whatever a memshr that died, or a table that stopped, has left where pages are built. Nothing of QEMU's is
         # there: the addresses are ours from the moment on that the agent was put in.
-        session = self.working_session()
-        side = session.side_address
+        link = self.working_link()
+        side = link.side_address
         inside = (side <= mappings.start) & (mappings.start < side + control_area.SIDE_BYTES)
         left = [
             [syscalls.NR_MUNMAP, mapping.start, mapping.end - mapping.start, 0, 0, 0, 0, 0]
             for mapping in mappings.of(inside)
         ]
         for first in range(0, len(left), control_area.TABLE_ENTRIES):
-            session.run(np.array(left[first : first + control_area.TABLE_ENTRIES], dtype=np.uint64))
+            link.run(np.array(left[first : first + control_area.TABLE_ENTRIES], dtype=np.uint64))

@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 
 from memshr.errors import BackendError, DomainError, InvariantError, NoSuchDomainError, Status
 from memshr.hypervisor import error_of
-from memshr.procfs import Mappings
+from memshr.procfs import Vmas
 from memshr.qemu import pagemap
 from memshr.qemu.attachment import Attachment, GuestState
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.host import Host
 from memshr.qemu.pool import FramePool, fits_pool
-from memshr.qemu.states import Ids, PageStates
+from memshr.qemu.states import PageIds, PageStates
 from memshr.types import (
     PAGE_SIZE,
     AuditFinding,
@@ -131,9 +131,9 @@ class GuestBooks:
             self._weights = np.random.default_rng().integers(1, 1 << 63, PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(2)
             self._weights += np.uint64(1)
             self._buffer = page_buffer(512)
-            self._read_from: dict[DomId, Mappings] = {}
-            self._by_frame: tuple[NDArray[np.int64], Ids] | None = None
-            self._remapped: list[Ids] = []
+            self._read_from: dict[DomId, Vmas] = {}
+            self._by_frame: tuple[NDArray[np.int64], PageIds] | None = None
+            self._remapped: list[PageIds] = []
             self._remapped_pages = 0
             for guest in self.guests:
                 self.rebuild(guest, guest.mappings())
@@ -142,7 +142,7 @@ class GuestBooks:
             raise
 
     def close(self) -> None:
-        """End every session and close every file."""
+        """End every link and close every file."""
         with contextlib.ExitStack() as closing:  # each, whatever the others do
             for pool in self.pools:
                 closing.callback(pool.pool.close)
@@ -152,7 +152,7 @@ class GuestBooks:
 
     # -- the truth of the host ----------------------------------------------------------------------------------------
 
-    def rebuild(self, guest: Attachment, mappings: Mappings) -> None:
+    def rebuild(self, guest: Attachment, mappings: Vmas) -> None:
         """Read from what QEMU has mapped which frame is at each page of a guest that we have not changed since."""
         if mappings is self._read_from.get(guest.domid):
             return
@@ -166,11 +166,11 @@ class GuestBooks:
         self._read_from[guest.domid] = mappings
 
     def forget(self, guest: Attachment) -> None:
-        """A guest's session has been given up: what is mapped there is to be read anew, and nothing is nominated."""
+        """A guest's link has been given up: what is mapped there is to be read anew, and nothing is nominated."""
         self._read_from.pop(guest.domid, None)
         self.states.forget(guest)
 
-    def note_frames(self, guest: Attachment, ids: Ids, frames: NDArray[np.int64]) -> None:
+    def note_frames(self, guest: Attachment, ids: PageIds, frames: NDArray[np.int64]) -> None:
         """Note which frames are mapped at these pages of a guest now (NOWHERE: none)."""
         self.frame[ids] = frames
         guest.in_pool[self.local(guest, ids)] = frames != NOWHERE
@@ -180,7 +180,7 @@ class GuestBooks:
             if self._remapped_pages > max(_FEW_PAGES, len(self._by_frame[1]) // 4):
                 self._by_frame = None
 
-    def holders(self, frames: NDArray[np.int64]) -> Ids:
+    def holders(self, frames: NDArray[np.int64]) -> PageIds:
         """Every page, ascending, at which one of these frames is mapped, be it read there or not.
 
         Looked up in an index by frame and among the pages that were remapped since that was made: a search through all
@@ -201,7 +201,7 @@ class GuestBooks:
         found = np.unique(np.concatenate([ids[rows], *self._remapped]))
         return found[np.isin(self.frame[found], wanted)]
 
-    def _mapped_frames(self, guest: Attachment, mappings: Mappings) -> tuple[NDArray[np.int64], list[AuditFinding]]:
+    def _mapped_frames(self, guest: Attachment, mappings: Vmas) -> tuple[NDArray[np.int64], list[AuditFinding]]:
         frames = np.full(guest.pages, NOWHERE, dtype=np.int64)
         findings = []
         known = {books.pool.file: number for number, books in enumerate(self.pools)}
@@ -244,7 +244,7 @@ class GuestBooks:
             frames[pages[inside]] = (number << POOL_SHIFT) + mapped.frames[inside]
         return frames, findings
 
-    def on_frame(self, ids: Ids) -> NDArray[np.bool_]:
+    def on_frame(self, ids: PageIds) -> NDArray[np.bool_]:
         """Which pages are on a frame now, by the pagemap. The pages of guests that have ended are not."""
         found = np.asarray(self.frame[ids] != NOWHERE)
         mapped = np.flatnonzero(found)
@@ -258,18 +258,18 @@ class GuestBooks:
                 continue  # it was given up just now: it may still read all that is mapped in it
         return found
 
-    def readers(self) -> tuple[Ids, NDArray[np.int64]]:
+    def readers(self) -> tuple[PageIds, NDArray[np.int64]]:
         """Every page that is on a frame now, and its frame."""
         ids = np.flatnonzero(self.frame != NOWHERE)
         ids = ids[self.on_frame(ids)]
         return ids, self.frame[ids]
 
-    def by_guest(self, ids: Ids) -> list[tuple[Attachment, NDArray[np.int64]]]:
+    def by_guest(self, ids: PageIds) -> list[tuple[Attachment, NDArray[np.int64]]]:
         # Each guest that has some of these pages, with the rows of ``ids`` that are its.
         row = np.searchsorted(self.base, ids, side="right") - 1
         return [(self.guests[each], np.flatnonzero(row == each)) for each in _present(row)]
 
-    def local(self, guest: Attachment, ids: Ids) -> NDArray[np.int64]:
+    def local(self, guest: Attachment, ids: PageIds) -> NDArray[np.int64]:
         return np.asarray(ids - self.base[guest.domid - 1])
 
     def guest(self, domid: int, call: str) -> Attachment:
@@ -289,7 +289,7 @@ class GuestBooks:
             return self.guests[domid - 1]
         raise error_of(call, Status.EPERM if domid == 0 else Status.ESRCH, domid=domid)
 
-    def ids(self, pages: PageArray) -> tuple[Ids, Statuses]:
+    def ids(self, pages: PageArray) -> tuple[PageIds, Statuses]:
         """The ids of pages (-1 where there is none), and ESRCH, EPERM or EINVAL for those."""
         ids = np.full(len(pages), -1, dtype=np.int64)
         statuses = np.full(len(pages), Status.ESRCH, dtype=np.int32)
@@ -303,7 +303,7 @@ class GuestBooks:
             statuses[rows] = np.where(local >= 0, Status.OK, Status.EINVAL)
         return ids, statuses
 
-    def has_ended(self, ids: Ids) -> NDArray[np.bool_]:
+    def has_ended(self, ids: PageIds) -> NDArray[np.bool_]:
         """Which pages are of guests that have ended, or were given up."""
         dead = np.array([guest.dead for guest in self.guests])
         return np.asarray(dead[np.searchsorted(self.base, ids, side="right") - 1])
@@ -323,7 +323,7 @@ class GuestBooks:
             handles[rows] = books.handles[numbers]
         return handles
 
-    def frame_handles(self, ids: Ids, shared: NDArray[np.bool_]) -> Handles:
+    def frame_handles(self, ids: PageIds, shared: NDArray[np.bool_]) -> Handles:
         handles = np.zeros(len(ids), dtype=np.uint64)
         mapped = np.flatnonzero(shared)
         for books, rows, numbers in self.by_pool(self.frame[ids[mapped]]):
@@ -347,7 +347,7 @@ class GuestBooks:
 
     # -- pools --------------------------------------------------------------------------------------------------------
 
-    def on_foreign_frame(self, ids: Ids) -> NDArray[np.bool_]:
+    def on_foreign_frame(self, ids: PageIds) -> NDArray[np.bool_]:
         # Which pages are on frames that are not for their guest (any more): these get no new sharers.
         frames = self.frame[ids]
         foreign = frames != NOWHERE
@@ -379,17 +379,17 @@ class GuestBooks:
         mixed = words ^ (words >> np.uint64(32))
         return np.asarray((mixed * self._weights).sum(axis=1, dtype=np.uint64)) | np.uint64(1)
 
-    def whole(self, books: PoolBooks) -> bool:
-        """Whether every QEMU that reads a pool, or may be about to, is one that we have a session with: only then may
+    def has_all_readers(self, books: PoolBooks) -> bool:
+        """Whether every QEMU that reads a pool, or may be about to, is one that we have a link with: only then may
         frames be added or given back.
 
-        It stays so while the sessions last: a memshr finds a pool only in a guest that it has in hand. Judged anew
-        whenever there are other sessions than before. A guest in which we have only looked may be in somebody else's
+        It stays so while the links last: a memshr finds a pool only in a guest that it has in hand. Judged anew
+        whenever there are other links than before. A guest in which we have only looked may be in somebody else's
         hand, who knows the pool from there even while nothing of it is mapped.
         """
-        if any(self.guests[domid - 1].session is None and not self.guests[domid - 1].gone for domid in books.seen_in):
+        if any(self.guests[domid - 1].link is None and not self.guests[domid - 1].gone for domid in books.seen_in):
             return False
-        attached = frozenset(guest.domid for guest in self.guests if guest.session is not None)
+        attached = frozenset(guest.domid for guest in self.guests if guest.link is not None)
         if books.judged_for != attached:
             ours = {self.guests[domid - 1].process.pid for domid in attached}
             books.whole = not self._host.is_read_by_others(books.pool, ours)
@@ -397,9 +397,9 @@ class GuestBooks:
         return books.whole
 
     def look_again(self) -> None:
-        # At guests without a session somebody else may be at work: there are no beliefs about them, only looks.
+        # At guests without a link somebody else may be at work: there are no beliefs about them, only looks.
         for guest in self.guests:
-            if guest.session is None and not guest.gone:
+            if guest.link is None and not guest.gone:
                 with contextlib.suppress(NoSuchDomainError):
                     self.rebuild(guest, guest.mappings())
 
@@ -473,7 +473,7 @@ class GuestBooks:
                 mappings = guest.mappings()
                 base = int(self.base[guest.domid - 1])
                 believed = self.frame[base : base + guest.pages]
-                if guest.session is None:
+                if guest.link is None:
                     self.rebuild(guest, mappings)  # as look_again: there is nothing that we believe
                     mapped = believed
                 else:

@@ -500,7 +500,7 @@ class ControlArea:
         return self.code_address + _RECORDS + 8 + _ORIGINAL.size * at + _ORIGINAL.size - NODE_MASK_BYTES
 
     def is_taken(self) -> bool:
-        """Whether a memshr has a session with the agent, or has died just now: the agent needs a moment to see it."""
+        """Whether a memshr has a link with the agent, or has died just now: the agent needs a moment to see it."""
         offered = self.get(OFFER_AT, "<i")[0] != -1
         if offered:
             syscalls.futex_wake(self.word_address(OFFER_AT))  # whoever offered may have died before it could do that

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from memshr.errors import BackendError, ConnectionLostError, NoSuchDomainError, PermissionDeniedError, printable
-from memshr.procfs import Mappings, process_mappings
+from memshr.procfs import Vmas, process_mappings
 from memshr.qemu import syscalls
 from memshr.qemu.libvirt_monitor import LibvirtMonitor
 from memshr.qemu.monitor import LONGEST_WORD, Monitor, MonitorError, SocketMonitor
@@ -169,7 +169,7 @@ class GuestProcess:
         """Its UUID as its command line has it, which it always does under libvirt; else empty."""
         return next(_arguments_of(self.arguments, "uuid"), "")
 
-    def mappings(self) -> Mappings:
+    def mappings(self) -> Vmas:
         """What it has mapped now. :raises OSError: it has ended, or we may not look."""
         return process_mappings(self.pid)
 
@@ -382,7 +382,7 @@ def _resolved(folder: int, path: str, rules: int) -> int:
 # -- where its memory is -----------------------------------------------------------------------------------------------
 
 
-def memory_layout(monitor: Monitor, mappings: Mappings) -> list[RamRange]:
+def memory_layout(monitor: Monitor, mappings: Vmas) -> list[RamRange]:
     """The guest's RAM as QEMU lays it out now, in order of gfn: no ROM, no device memory, whole pages only.
 
     :param mappings: what that QEMU has mapped now.
@@ -436,7 +436,7 @@ def most_pages() -> int:
     return _HOSTS_MEMORY * os.sysconf("SC_PHYS_PAGES")
 
 
-def _check_layout(layout: Sequence[RamRange], mappings: Mappings) -> None:
+def _check_layout(layout: Sequence[RamRange], mappings: Vmas) -> None:
     # Against what is there: each range is mapped from end to end, and none of it twice.
     for ram, after in itertools.pairwise([*sorted(layout, key=lambda ram: ram.hva), None]):
         assert ram is not None
@@ -517,7 +517,7 @@ def host_refusals() -> tuple[Refusal, ...]:
 
 
 def refusals(
-    guest: GuestProcess, monitor: Monitor | Refusal, layout: Sequence[RamRange], mappings: Mappings | None = None
+    guest: GuestProcess, monitor: Monitor | Refusal, layout: Sequence[RamRange], mappings: Vmas | None = None
 ) -> tuple[Refusal, ...]:
     """Every reason why this guest must not be touched; empty if there is none.
 
@@ -602,7 +602,7 @@ def status_refusals(status: str) -> list[Refusal]:
     return found
 
 
-def _on_hugetlbfs(pid: int, mappings: Mappings) -> set[int]:
+def _on_hugetlbfs(pid: int, mappings: Vmas) -> set[int]:
     # The inodes of those mapped files whose pages are larger than pages are.
     found = set()
     seen = set()
@@ -619,9 +619,7 @@ def _on_hugetlbfs(pid: int, mappings: Mappings) -> set[int]:
     return found
 
 
-def mapping_refusals(
-    mappings: Mappings, layout: Sequence[RamRange], huge_inodes: Collection[int] = ()
-) -> list[Refusal]:
+def mapping_refusals(mappings: Vmas, layout: Sequence[RamRange], huge_inodes: Collection[int] = ()) -> list[Refusal]:
     """The reasons that show in how the guest's RAM is mapped: only private anonymous memory can be shared.
 
     :param huge_inodes: the files among the mappings that lie on hugetlbfs.

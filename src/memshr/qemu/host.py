@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from memshr.procfs import Mapping
+from memshr.procfs import Vma
 from memshr.qemu import pagemap
-from memshr.qemu.agent import is_in_session
+from memshr.qemu.agent import is_linked
 from memshr.qemu.guests import GuestProcess, find_guests
 from memshr.qemu.lock import GuestLock, holder_of
 from memshr.qemu.pool import FramePool
@@ -44,7 +44,7 @@ class Host:
         """A new pool. :raises PermissionDeniedError: as FramePool.create. :raises UnsupportedError: likewise."""
         return FramePool.create(group, owner)
 
-    def adopt_pool(self, pid: int, mapping: Mapping) -> FramePool | None:
+    def adopt_pool(self, pid: int, mapping: Vma) -> FramePool | None:
         """The pool behind a mapping. :raises OSError: as FramePool.adopt."""
         return FramePool.adopt(pid, mapping)
 
@@ -56,7 +56,7 @@ class Host:
     def _may_read(process: GuestProcess, pool: FramePool) -> bool:
         try:
             # A table that a dead memshr has left may be about to map any pool.
-            if is_in_session(process.pid) and holder_of(process.pid) is None:
+            if is_linked(process.pid) and holder_of(process.pid) is None:
                 return True
             return bool(process.mappings().of_file(pool.file).any())
         except OSError:

@@ -37,7 +37,7 @@ from memshr.errors import (
 )
 from memshr.hypervisor import NOT_BACKED, Capability, error_of
 from memshr.qemu import pagemap
-from memshr.qemu.agent import Session
+from memshr.qemu.agent import AgentLink
 from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment, GuestState
 from memshr.qemu.books import NOWHERE, POOL_SHIFT, GuestBooks, GuestFigures, PoolBooks, PoolFigures
 from memshr.qemu.guests import GuestProcess
@@ -47,7 +47,7 @@ from memshr.qemu.interrupts import uninterrupted
 from memshr.qemu.monitor import MonitorError
 from memshr.qemu.protection import WriteWatch
 from memshr.qemu.remapping import Remapping
-from memshr.qemu.states import Ids
+from memshr.qemu.states import PageIds
 from memshr.qemu.syscalls import MPOL_BIND, MPOL_MODE_FLAGS
 from memshr.types import (
     PAGE_SIZE,
@@ -121,7 +121,7 @@ class QemuHypervisor:
         self.close()
 
     def close(self) -> None:
-        """End all nominations and sessions, close every file. What is shared stays shared.
+        """End all nominations and links, close every file. What is shared stays shared.
 
         Each of these is done whatever becomes of the others; the last error is raised then.
         """
@@ -144,7 +144,7 @@ class QemuHypervisor:
         return tuple(lines)
 
     def _on_lost(self, guest: Attachment) -> None:
-        # Whoever it was that gave the session up, maybe the watch itself.
+        # Whoever it was that gave the link up, maybe the watch itself.
         watch = self._watches.pop(guest.domid, None)
         if watch is not None:
             watch.end()
@@ -152,8 +152,8 @@ class QemuHypervisor:
                 self._defect = watch.failure
         self._books.forget(guest)
 
-    def _watch(self, guest: Attachment, session: Session) -> None:
-        self._watches[guest.domid] = WriteWatch(guest, session, self._states.written)
+    def _watch(self, guest: Attachment, link: AgentLink) -> None:
+        self._watches[guest.domid] = WriteWatch(guest, link, self._states.written)
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class QemuHypervisor:
         :raises RefusedDomainError: the guest must not be touched; ``reasons`` has each reason with its remedy.
         """
         guest = self._books.present_guest(domid, "control")
-        if enable and guest.session is None:
+        if enable and guest.link is None:
             self._attach(guest)
         self._enabled[domid - 1] = enable
 
@@ -273,10 +273,10 @@ class QemuHypervisor:
             available = max(0, self._host.available_bytes() - self._reserve_bytes)
             mappings = guest.attach(self._injector, available, self._watch)
             try:
-                # Only now: the agent may have been at the last table of a memshr that died, until it took our session.
+                # Only now: the agent may have been at the last table of a memshr that died, until it took our link.
                 self._books.rebuild(guest, mappings)
             except BaseException:
-                guest.drop_session()
+                guest.drop_link()
                 raise
         except BaseException:
             if fresh:
@@ -285,13 +285,13 @@ class QemuHypervisor:
 
     def _try_attach(self, guest: Attachment) -> bool:
         """Attach to a guest, unless that failed before: then only ``control`` tries again. Whether it is attached."""
-        if guest.session is None and guest.why is None and not guest.dead:
+        if guest.link is None and guest.why is None and not guest.dead:
             try:
                 self.control(guest.domid, True)
             except (DomainError, ConnectionLostError, MonitorError) as error:
                 guest.why = error
                 _log.warning("guest %s (%d) is left alone: %s", guest.process.name, guest.process.pid, error)
-        if guest.session is None:
+        if guest.link is None:
             return False
         self._enabled[guest.domid - 1] = True
         return True
@@ -394,7 +394,7 @@ class QemuHypervisor:
         handles[good], statuses[good] = given[inverse], answers[inverse]
         return handles, statuses
 
-    def _nominate(self, ids: Ids) -> tuple[Handles, Statuses]:
+    def _nominate(self, ids: PageIds) -> tuple[Handles, Statuses]:
         # ``ids`` ascend and are distinct. Either all that was plain before is nominated, or nothing of it.
         handles = np.zeros(len(ids), dtype=np.uint64)
         statuses = np.zeros(len(ids), dtype=np.int32)
@@ -458,7 +458,7 @@ class QemuHypervisor:
             rows = rows[len(some) :]
         return statuses
 
-    def _independent(self, sources: Ids, clients: Ids) -> int:
+    def _independent(self, sources: PageIds, clients: PageIds) -> int:
         """How many rows from the first on can be done at once: no row changes what a later one looks at."""
         both = np.concatenate([sources, clients])
         shared = self._books.on_frame(both)
@@ -477,7 +477,7 @@ class QemuHypervisor:
         late = (first_client[client] < row) | (first_source[client] < row) | (first_client[source] < row)
         return int(np.argmax(late)) if late.any() else len(sources)
 
-    def _share(self, sources: Ids, source_handles: Handles, clients: Ids, client_handles: Handles) -> Statuses:
+    def _share(self, sources: PageIds, source_handles: Handles, clients: PageIds, client_handles: Handles) -> Statuses:
         """Share independent rows; all pages exist and are in one trust group each row."""
         statuses = np.zeros(len(sources), dtype=np.int32)
         source_shared, client_shared = self._books.on_frame(sources), self._books.on_frame(clients)
@@ -521,20 +521,20 @@ class QemuHypervisor:
         statuses[ended & (statuses != Status.OK)] = Status.ESRCH
         return statuses
 
-    def _valid(self, ids: Ids, handles: Handles, shared: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _valid(self, ids: PageIds, handles: Handles, shared: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which handles are those of their pages at this moment; ``shared`` says which pages are on frames."""
         nominated = ~shared & (self._states.handles(ids) == handles)
         on_frame = shared & (self._books.frame_handles(ids, shared) == handles)
         return np.asarray((nominated | on_frame) & (handles != 0))
 
-    def _crossing(self, sources: Ids, clients: Ids) -> NDArray[np.bool_]:
+    def _crossing(self, sources: PageIds, clients: PageIds) -> NDArray[np.bool_]:
         # Rows that put pages of two guests onto one frame: the client's own, or those that are on its frame already.
         guests = [np.searchsorted(self._books.base, ids, side="right") for ids in (sources, clients)]
         frames = self._books.frame[clients]
         with_others = (frames != NOWHERE) & self._books.on_frame(clients) & ~self._books.in_own_pool(frames)
         return np.asarray((guests[0] != guests[1]) | with_others)
 
-    def _promote(self, ids: Ids) -> None:
+    def _promote(self, ids: PageIds) -> None:
         """Move the frames of these pages that are in a pool of one guest into that of its group, for others to join.
 
         Their handles go with them. What cannot be moved stays where it is.
@@ -569,12 +569,12 @@ class QemuHypervisor:
         targets = new[order[np.searchsorted(old[order], self._books.frame[sharers])]]
         for flight in self._remapping.flights(sharers, targets):
             with self._remapping.flight(sharers[flight]):
-                held = flight[self._remapping.hold_sharers(sharers[flight])]
+                held = flight[self._remapping.pin_sharers(sharers[flight])]
                 self._remapping.map(sharers[held], targets[held])
         self._punch_unread(np.unique(old))
         self._punch_unread(np.unique(new))
 
-    def _give_frames(self, ids: Ids, handles: Handles, for_others: Ids) -> Ids:
+    def _give_frames(self, ids: PageIds, handles: Handles, for_others: PageIds) -> PageIds:
         """Map fresh frames with their contents over those of the pages that are still nominated under these handles.
 
         :param for_others: those of them whose frame pages of other guests are to join.
@@ -607,7 +607,7 @@ class QemuHypervisor:
         return ids[given]
 
     def _move_onto(
-        self, clients: Ids, handles: Handles, shared: NDArray[np.bool_], frames: NDArray[np.int64]
+        self, clients: PageIds, handles: Handles, shared: NDArray[np.bool_], frames: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Map frames over clients that are still nominated under these handles, and over all pages that are on the
         frames of shared clients. A frame that is NOWHERE is left out.
@@ -630,7 +630,7 @@ class QemuHypervisor:
             done[whole] = self._books.frame[clients[whole]] == frames[whole]
         return done
 
-    def _new_frames(self, sources: Ids, for_others: NDArray[np.bool_]) -> NDArray[np.int64]:
+    def _new_frames(self, sources: PageIds, for_others: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Copies of the contents of pages in new frames; NOWHERE for those of guests that are lost meanwhile.
 
         :param for_others: which of them go into the pool of the group; the others into one of their guest alone.
@@ -667,7 +667,7 @@ class QemuHypervisor:
         books.sums[first : first + len(contents)] = self._books.sums(contents)
         return (number << POOL_SHIFT) + first + np.arange(len(contents))
 
-    def _bound_elsewhere(self, sources: Ids, clients: Ids) -> NDArray[np.bool_]:
+    def _bound_elsewhere(self, sources: PageIds, clients: PageIds) -> NDArray[np.bool_]:
         # Rows whose client may only have memory of certain NUMA nodes, which the source's frame need not be of.
         elsewhere = np.zeros(len(sources), dtype=np.bool_)
         if not any(guest.is_bound for guest in self._books.guests):
@@ -685,7 +685,7 @@ class QemuHypervisor:
         strict = [mode & ~MPOL_MODE_FLAGS == MPOL_BIND for mode, _ in policies]
         return np.asarray(np.array(strict)[numbers[1]] & (numbers[0] != numbers[1]))
 
-    def _hand_over_pools(self, guests: Sequence[Attachment], sources: Ids) -> None:
+    def _hand_over_pools(self, guests: Sequence[Attachment], sources: PageIds) -> None:
         # Before anything is in flight, and first for all: which pool new frames go to is decided once. Everybody
         # of a group may come to be moved, as a page on a frame of somebody named.
         groups = {self._books.groups[guest.domid - 1] for guest in guests}
@@ -695,7 +695,7 @@ class QemuHypervisor:
         members = [
             guest
             for guest in self._books.guests
-            if guest.session is not None and self._books.groups[guest.domid - 1] in groups
+            if guest.link is not None and self._books.groups[guest.domid - 1] in groups
         ]
         for guest in members:
             self._choose_pool(self._books.groups[guest.domid - 1], self._owner_of(guest))
@@ -719,11 +719,11 @@ class QemuHypervisor:
         # Which pool new frames of a group go to, or those of one of its guests alone.
         for attempt in (1, 2):
             for number, books in enumerate(self._books.pools):
-                if (books.pool.group, books.pool.owner) == (group, owner) and self._books.whole(books):
+                if (books.pool.group, books.pool.owner) == (group, owner) and self._books.has_all_readers(books):
                     self._chosen_pool[group, owner] = number
                     return
             if attempt == 1:
-                self._settle_readers()  # perhaps it is for want of a session with one of them
+                self._attach_readers()  # perhaps it is for want of a link with one of them
         self._books.pools.append(PoolBooks(self._host.create_pool(group, owner)))
         self._chosen_pool[group, owner] = len(self._books.pools) - 1
 
@@ -737,7 +737,7 @@ class QemuHypervisor:
         punched = 0
         for books, _, numbers in self._books.by_pool(unread):
             books.handles[numbers] = books.sums[numbers] = 0
-            if self._books.whole(books):
+            if self._books.has_all_readers(books):
                 books.pool.punch(numbers)
                 punched += len(numbers)
         return punched
@@ -750,7 +750,7 @@ class QemuHypervisor:
         ids, statuses = self._books.ids(pages)
         good = np.unique(ids[statuses == Status.OK])
         for guest, _ in self._books.by_guest(good):
-            self._settle_books(guest)
+            self._refresh_books(guest)
         self._take_back(good)
         shared = good[self._books.on_frame(good)]
         self._make_private(shared)
@@ -759,17 +759,17 @@ class QemuHypervisor:
         statuses[np.isin(ids, left)] = Status.ENOMEM
         return statuses
 
-    def _take_back(self, ids: Ids) -> None:
+    def _take_back(self, ids: PageIds) -> None:
         # Every nomination of these, whatever becomes of some guest.
         with contextlib.ExitStack() as taking:
             for guest, rows in self._books.by_guest(ids):
                 taking.callback(self._take_back_in, guest, ids[rows])
 
-    def _take_back_in(self, guest: Attachment, ids: Ids) -> None:
+    def _take_back_in(self, guest: Attachment, ids: PageIds) -> None:
         with contextlib.suppress(DomainError):  # then none is nominated
             self._states.take_back(guest, ids)
 
-    def _make_private(self, ids: Ids) -> int:
+    def _make_private(self, ids: PageIds) -> int:
         """Give pages (ascending, distinct, not nominated) anonymous memory of their own, and unread frames back to
         the host. Stops where the host has no memory left; what was done shows in the books.
 
@@ -785,7 +785,7 @@ class QemuHypervisor:
     def _has_room(self, pages: int) -> bool:
         return self._host.available_bytes() - pages * PAGE_SIZE >= self._reserve_bytes
 
-    def _move(self, guest: Attachment, pieces: Sequence[Ids]) -> None:
+    def _move(self, guest: Attachment, pieces: Sequence[PageIds]) -> None:
         """Give pages of one guest memory of their own, piece by piece (each a table's worth), as far as there is room.
 
         A disk request that is under way would go on writing into the page that is replaced. So the pages of a guest
@@ -809,12 +809,12 @@ class QemuHypervisor:
             finally:
                 self._take_back(everything)
 
-    def _move_one(self, guest: Attachment, ids: Ids, handles: Handles | None) -> bool:
+    def _move_one(self, guest: Attachment, ids: PageIds, handles: Handles | None) -> bool:
         # One table's worth: of those nominated under these handles, or of all. Whether to go on.
-        if guest.session is None or not self._has_room(len(ids)):
+        if guest.link is None or not self._has_room(len(ids)):
             return False
         with self._remapping.flight(ids):
-            flying = self._remapping.hold(ids) if handles is None else self._remapping.take(ids, handles)
+            flying = self._remapping.pin(ids) if handles is None else self._remapping.take(ids, handles)
             done = self._remapping.make_private(ids[flying])
         return bool(done.all())
 
@@ -841,7 +841,7 @@ class QemuHypervisor:
                 alone = np.flatnonzero(valid & ~shared)
                 valid[alone] = self._remapping.take(some[alone], handles[flight[alone]])
                 held = np.flatnonzero(valid & shared)
-                valid[held] = self._remapping.hold_sharers(some[held])
+                valid[held] = self._remapping.pin_sharers(some[held])
                 statuses[good[flight[~valid]]] = Status.S_HANDLE_INVALID
                 taken = flight[valid]
                 released[taken] = self._remapping.empty(mine[taken])
@@ -869,7 +869,7 @@ class QemuHypervisor:
         for guest, _ in self._books.by_guest(np.setdiff1d(mapped, ids, assume_unique=True)):
             if guest.gone or guest.dead:
                 continue
-            self._settle_books(guest)
+            self._refresh_books(guest)
             base = self._books.base[guest.domid - 1]
             copied = base + np.flatnonzero(guest.in_pool)
             copied = copied[~self._books.on_frame(copied)]
@@ -889,22 +889,22 @@ class QemuHypervisor:
         for number, books in enumerate(self._books.pools):
             backed = (number << POOL_SHIFT) + books.pool.backed_frames()
             unread = np.setdiff1d(backed, read, assume_unique=True)
-            if len(unread) and not self._books.whole(books):
-                self._settle_readers()
+            if len(unread) and not self._books.has_all_readers(books):
+                self._attach_readers()
             punched += self._punch_unread(unread)
         return punched
 
-    def _settle_books(self, guest: Attachment) -> None:
-        """Have a session with a guest that has ever been shared, so that nobody else changes it under our books."""
-        if guest.session is None and not guest.dead and (guest.in_pool.any() or guest.has_agent):
+    def _refresh_books(self, guest: Attachment) -> None:
+        """Have a link with a guest that has ever been shared, so that nobody else changes it under our books."""
+        if guest.link is None and not guest.dead and (guest.in_pool.any() or guest.has_agent):
             self._try_attach(guest)
 
-    def _settle_readers(self) -> None:
-        # Have a session with all guests that could be: for want of one with a reader of it no pool is whole.
+    def _attach_readers(self) -> None:
+        # Have a link with all guests that could be: for want of one with a reader of it no pool is whole.
         for guest in self._books.guests:
             if not guest.gone:
                 with contextlib.suppress(DomainError):
-                    self._settle_books(guest)
+                    self._refresh_books(guest)
 
     def unshare_guest(self, domid: DomId) -> int:
         """Give every page of a guest back its own memory, in large pieces that can be huge pages again.
@@ -933,7 +933,7 @@ class QemuHypervisor:
         frames = np.unique(self._books.frame[base + in_pool])
         for _ in range(_ROUNDS if guest.must_drain else 1):
             windows = self._windows(guest, np.flatnonzero(guest.in_pool))
-            if not windows or guest.session is None:
+            if not windows or guest.link is None:
                 break
             self._move(guest, [base + window for window in windows])
         self._punch_unread(frames)

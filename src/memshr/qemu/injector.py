@@ -36,9 +36,9 @@ from memshr.qemu.identity import Identity
 from memshr.qemu.tracee import (
     STOP_DEADLINE_S,
     Interrupted,
-    Mapping,
     Refused,
     Stuck,
+    Vma,
     borrowed,
     ended,
     look_at,
@@ -186,7 +186,7 @@ def _is_mapped(pid: int, code_address: int, control: int) -> bool:
     return executable
 
 
-def _free_address(found: Sequence[Mapping]) -> int:
+def _free_address(found: Sequence[Vma]) -> int:
     """The middle of the largest hole between mappings, where nothing of its own will grow to."""
     gaps = [(after.start - before.end, before.end) for before, after in itertools.pairwise(found)]
     # The hole up to [vsyscall] lies in the kernel's half of the address space.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 MAP_RESERVE: Final = 2048
-"""Mappings that QEMU is left for itself."""
+"""Vmas that QEMU is left for itself."""
 DEFAULT_MAP_COUNT: Final = 65_530
 """What Linux sets unless told otherwise (``DEFAULT_MAX_MAP_COUNT`` of ``include/linux/mm.h``)."""
 

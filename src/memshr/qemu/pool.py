@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import BackendError, HostMemoryError, InvariantError
-from memshr.procfs import Mapping, Mappings
+from memshr.procfs import Vma, Vmas
 from memshr.qemu import mark, syscalls
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
 
@@ -48,12 +48,12 @@ _HOSTS_MEMORY: Final = 4
 """How many times the memory of the host the frames may be that one QEMU has mapped, as in ``guests``."""
 
 
-def of_pools(mappings: Mappings) -> NDArray[np.bool_]:
+def of_pools(mappings: Vmas) -> NDArray[np.bool_]:
     """Which mappings claim to be of frame pools, shape ``(n,)``. Shared ones lie: ours are private."""
     return mappings.named(lambda path: path.startswith(_MAPPED_PREFIX)) & ~mappings.shared
 
 
-def files_of_pools(mappings: Mappings) -> list[NDArray[np.int64]]:
+def files_of_pools(mappings: Vmas) -> list[NDArray[np.int64]]:
     """The lines of each file that is mapped and claims to be a frame pool.
 
     :raises BackendError: these are more files than there are pools, or more pages than the host could have frames: what
@@ -75,7 +75,7 @@ def fits_pool(group: str) -> bool:
     return len(_name(group)) <= _MOST_BYTES
 
 
-def group_at(pid: int, mapping: Mapping) -> str | None:
+def group_at(pid: int, mapping: Vma) -> str | None:
     """The trust group whose pool is mapped there, by root's mark on the file; None: it is no pool of ours.
 
     :raises OSError: the guest is gone or the mapping is, or we may not look.
@@ -88,7 +88,7 @@ def group_at(pid: int, mapping: Mapping) -> str | None:
         os.close(file)
 
 
-def groups_in(pid: int, mappings: Mappings) -> list[str]:
+def groups_in(pid: int, mappings: Vmas) -> list[str]:
     """The trust groups whose pools a process has mapped, by name; what only calls itself a pool does not count.
 
     :raises OSError: the process is gone, or we may not look. :raises BackendError: as ``files_of_pools``.
@@ -152,7 +152,7 @@ class FramePool:
         return cls(group, file, owner)
 
     @classmethod
-    def adopt(cls, pid: int, mapping: Mapping) -> Self | None:
+    def adopt(cls, pid: int, mapping: Vma) -> Self | None:
         """The pool behind a mapping of a guest (see of_pools); None if it is no pool that a memshr made.
 
         :raises OSError: the guest is gone or the mapping is.

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from memshr.errors import DomainError
 from memshr.qemu import syscalls
-from memshr.qemu.agent import Session
+from memshr.qemu.agent import AgentLink
 from memshr.qemu.attachment import Attachment
 
 _log = logging.getLogger(__name__)
@@ -75,16 +75,16 @@ _short_turns = _ShortTurns()
 
 
 class WriteWatch:
-    """The thread of one session. It ends when the session does; ``failure`` says what it failed of, if it did."""
+    """The thread of one link. It ends when the link does; ``failure`` says what it failed of, if it did."""
 
-    def __init__(self, guest: Attachment, session: Session, on_writes: OnWrites) -> None:
+    def __init__(self, guest: Attachment, link: AgentLink, on_writes: OnWrites) -> None:
         self._guest = guest
-        self._session = session
+        self._link = link
         self._on_writes = on_writes
         self.failure: BaseException | None = None
         self._ended = False
-        # A copy: the session's own number is closed, and may name another file, as soon as somebody gives it up.
-        self._uffd = os.dup(session.uffd)
+        # A copy: the link's own number is closed, and may name another file, as soon as somebody gives it up.
+        self._uffd = os.dup(link.uffd)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         _open_watches.add(self)
         self._thread = threading.Thread(target=self._run, name=f"memshr-watch-{guest.domid}", daemon=True)
@@ -94,7 +94,7 @@ class WriteWatch:
     def _run(self) -> None:
         try:
             buffer = np.zeros(_MESSAGES, dtype=_MESSAGE)
-            syscalls.hurry(threading.get_native_id())
+            syscalls.set_priority(threading.get_native_id())
             poll = select.poll()
             poll.register(self._uffd, select.POLLIN)
             poll.register(self._stop, select.POLLIN)

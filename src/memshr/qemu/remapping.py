@@ -3,7 +3,7 @@
 What makes this hard: a page that is being remapped must not be written, and neither an exception nor the end of a guest
 may leave a writer waiting or let one go too soon. So everything that remaps pages does it here, inside ``flight``:
 
-1. ``take`` (by handle) or ``hold``: the page is in flight, and the write watch leaves its writers alone.
+1. ``take`` (by handle) or ``pin``: the page is in flight, and the write watch leaves its writers alone.
 2. Each page is looked at once more: is it still protected? What is not is dropped as if it were written, and reported:
    somebody else in the kernel has replaced its entry (docs/nominations.md).
 3. ``map``, ``empty`` or ``make_private``: the agents of all guests concerned work at the same time, and none waits for
@@ -30,7 +30,7 @@ from memshr.qemu import pagemap
 from memshr.qemu.attachment import BATCH_ENTRIES, DIFFERS, MAPPED, MOVED_PAGES, Attachment, Steps, carry_out
 from memshr.qemu.books import NOWHERE, GuestBooks
 from memshr.qemu.interrupts import uninterrupted
-from memshr.qemu.states import Ids
+from memshr.qemu.states import PageIds
 from memshr.types import Handles
 
 _log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Remapping:
 
     # -- taking off ------------------------------------------------------------------------------------------------
 
-    def flights(self, ids: Ids, onto: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    def flights(self, ids: PageIds, onto: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Cut ascending pages into what is in flight at once: of each guest as many as one table can remap.
 
         :param onto: what each is mapped to; pages in a run that go to a run are remapped in one call.
@@ -66,7 +66,7 @@ class Remapping:
                 yield np.concatenate(together)
 
     @staticmethod
-    def _flights_of(ids: Ids, onto: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    def _flights_of(ids: PageIds, onto: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         piece = np.cumsum((np.diff(ids, prepend=ids[:1]) != 1) | (np.diff(onto, prepend=onto[:1]) != 1))
         first = 0
         while first < len(rows):
@@ -75,43 +75,43 @@ class Remapping:
             first = end
 
     @contextlib.contextmanager
-    def flight(self, ids: Ids) -> Iterator[None]:
+    def flight(self, ids: PageIds) -> Iterator[None]:
         """Whatever of these pages is in flight at the end of the ``with`` is settled then."""
         with uninterrupted(), contextlib.ExitStack() as settling:  # each, whatever the others do
             for guest, rows in self._books.by_guest(ids):
-                settling.callback(self._states.settle, guest, ids[rows])
+                settling.callback(self._states.complete_or_revert, guest, ids[rows])
             yield
 
-    def take(self, ids: Ids, handles: Handles) -> NDArray[np.bool_]:
+    def take(self, ids: PageIds, handles: Handles) -> NDArray[np.bool_]:
         """Take those pages in flight that are still nominated under these handles, and protected; returns which."""
         standing = np.zeros(len(ids), dtype=np.bool_)
         for guest, rows in self._books.by_guest(ids):
-            if guest.session is not None:
+            if guest.link is not None:
                 standing[rows] = self._states.take(guest, ids[rows], handles[rows])
         self._drop_unprotected(ids, standing)
         return standing
 
-    def hold(self, ids: Ids) -> NDArray[np.bool_]:
+    def pin(self, ids: PageIds) -> NDArray[np.bool_]:
         """Take pages in flight, protected, whatever they are on; returns which."""
         held = np.zeros(len(ids), dtype=np.bool_)
         for guest, rows in self._books.by_guest(ids):
-            if guest.session is not None:
+            if guest.link is not None:
                 with contextlib.suppress(DomainError):
-                    self._states.hold(guest, ids[rows])
+                    self._states.pin(guest, ids[rows])
                     held[rows] = True
         self._drop_unprotected(ids, held)
         return held
 
-    def hold_sharers(self, ids: Ids) -> NDArray[np.bool_]:
+    def pin_sharers(self, ids: PageIds) -> NDArray[np.bool_]:
         """Take pages in flight that are on frames, protected; returns which still were when it held."""
-        held = self.hold(ids)
+        held = self.pin(ids)
         kept = held & self._books.on_frame(ids)
         for guest, rows in self._books.by_guest(ids[held & ~kept]):
             with contextlib.suppress(DomainError):
                 self._states.drop(guest, ids[held & ~kept][rows])
         return kept
 
-    def _drop_unprotected(self, ids: Ids, flying: NDArray[np.bool_]) -> None:
+    def _drop_unprotected(self, ids: PageIds, flying: NDArray[np.bool_]) -> None:
         # Takes those pages out of ``flying`` that are not protected any more.
         for guest, rows in self._books.by_guest(ids):
             mine = rows[flying[rows]]
@@ -128,18 +128,18 @@ class Remapping:
 
     # -- in flight -------------------------------------------------------------------------------------------------
 
-    def map(self, ids: Ids, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def map(self, ids: PageIds, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Map frames over in-flight pages that hold the same bytes, in all their guests at once.
 
         :returns: for which it was done.
         """
         return self._in_all(ids, lambda guest, rows, done: self._map_in(guest, ids[rows], frames[rows], rows, done))
 
-    def empty(self, ids: Ids) -> NDArray[np.bool_]:
+    def empty(self, ids: PageIds) -> NDArray[np.bool_]:
         """Give the memory of in-flight pages back, in all their guests at once; returns for which it was done."""
         return self._in_all(ids, lambda guest, rows, done: self._empty_in(guest, ids[rows], rows, done))
 
-    def make_private(self, ids: Ids) -> NDArray[np.bool_]:
+    def make_private(self, ids: PageIds) -> NDArray[np.bool_]:
         """Give in-flight pages (of each guest at most what one table can copy) anonymous memory of their own.
 
         :returns: which got it.
@@ -147,7 +147,7 @@ class Remapping:
         return self._in_all(ids, lambda guest, rows, done: self._make_private_in(guest, ids[rows], rows, done))
 
     def _in_all(
-        self, ids: Ids, work: Callable[[Attachment, NDArray[np.int64], NDArray[np.bool_]], Steps]
+        self, ids: PageIds, work: Callable[[Attachment, NDArray[np.int64], NDArray[np.bool_]], Steps]
     ) -> NDArray[np.bool_]:
         # A guest that ends or is given up has done what it has done; the others go on.
         done = np.zeros(len(ids), dtype=np.bool_)
@@ -162,13 +162,13 @@ class Remapping:
                 guest.lose(error)
                 raise
 
-        carry_out(shielded(guest, rows) for guest, rows in self._books.by_guest(ids) if guest.session is not None)
+        carry_out(shielded(guest, rows) for guest, rows in self._books.by_guest(ids) if guest.link is not None)
         return done
 
     def _map_in(
         self,
         guest: Attachment,
-        ids: Ids,
+        ids: PageIds,
         frames: NDArray[np.int64],
         places: NDArray[np.int64],
         done: NDArray[np.bool_],
@@ -188,14 +188,14 @@ class Remapping:
                 self._states.drop(guest, ids[differing])
         return mapped
 
-    def _empty_in(self, guest: Attachment, ids: Ids, places: NDArray[np.int64], done: NDArray[np.bool_]) -> Steps:
+    def _empty_in(self, guest: Attachment, ids: PageIds, places: NDArray[np.int64], done: NDArray[np.bool_]) -> Steps:
         emptied = yield from guest.map_nothing(self._books.local(guest, ids), self._books.frame[ids] == NOWHERE)
         self._landed(guest, ids[:emptied], np.full(emptied, NOWHERE))
         done[places[:emptied]] = True
         return emptied
 
     def _make_private_in(
-        self, guest: Attachment, ids: Ids, places: NDArray[np.int64], done: NDArray[np.bool_]
+        self, guest: Attachment, ids: PageIds, places: NDArray[np.int64], done: NDArray[np.bool_]
     ) -> Steps:
         local = self._books.local(guest, ids)
         # Not before: a guest may write to a page that was empty, and what it wrote would not be copied.
@@ -210,7 +210,7 @@ class Remapping:
         done[places[:moved]] = True
         return moved
 
-    def _landed(self, guest: Attachment, ids: Ids, frames: NDArray[np.int64]) -> None:
+    def _landed(self, guest: Attachment, ids: PageIds, frames: NDArray[np.int64]) -> None:
         # These pages of one guest are on these frames now (NOWHERE: on none), and their writers may go on.
         self._books.note_frames(guest, ids, frames)
         self._states.land(guest, ids)

@@ -33,7 +33,7 @@ from memshr.qemu.attachment import Attachment
 from memshr.qemu.interrupts import uninterrupted
 from memshr.types import Handles
 
-Ids = NDArray[np.int64]
+PageIds = NDArray[np.int64]
 """pages of all guests in one count: those of the first guest, then those of the second, ..."""
 
 _PLAIN, _PROTECTING, _NOMINATED, _IN_FLIGHT = range(4)
@@ -43,7 +43,7 @@ _FIRST_HANDLE: Final = 2
 class PageStates:
     """The states of the pages of some guests, all plain at first.
 
-    :param guests: domid 1 first; their pages are numbered one guest after the other. A guest that gives its session up
+    :param guests: domid 1 first; their pages are numbered one guest after the other. A guest that gives its link up
         has its pages plain from then on.
     """
 
@@ -58,19 +58,19 @@ class PageStates:
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
-    def nominated(self, ids: Ids) -> NDArray[np.bool_]:
+    def nominated(self, ids: PageIds) -> NDArray[np.bool_]:
         """Which pages are nominated at this moment."""
         return np.asarray(self._phase[ids] == _NOMINATED)
 
-    def plain(self, ids: Ids) -> NDArray[np.bool_]:
+    def plain(self, ids: PageIds) -> NDArray[np.bool_]:
         """Which pages are plain at this moment."""
         return np.asarray(self._phase[ids] == _PLAIN)
 
-    def handles(self, ids: Ids) -> Handles:
+    def handles(self, ids: PageIds) -> Handles:
         """The handle of each page, 0 where it is not nominated."""
         return np.where(self._phase[ids] == _NOMINATED, self._handle[ids], np.uint64(0))
 
-    def all_nominated(self) -> Ids:
+    def all_nominated(self) -> PageIds:
         """Every page that is nominated at this moment, ascending."""
         return np.flatnonzero(self._phase == _NOMINATED)
 
@@ -82,7 +82,7 @@ class PageStates:
 
     # -- transitions -----------------------------------------------------------------------------------------------
 
-    def nominate(self, guest: Attachment, ids: Ids) -> Handles:
+    def nominate(self, guest: Attachment, ids: PageIds) -> Handles:
         """Plain -> protecting -> nominated: protect pages, then give them handles.
 
         :param ids: ascending and distinct, all of this guest and plain.
@@ -108,7 +108,7 @@ class PageStates:
             raise
         return handles
 
-    def _undo(self, guest: Attachment, ids: Ids) -> None:
+    def _undo(self, guest: Attachment, ids: PageIds) -> None:
         # These were plain before; nobody has seen a handle of theirs.
         with uninterrupted():
             try:
@@ -117,21 +117,21 @@ class PageStates:
                     self._handle[mine] = 0
                     self._phase[mine] = _PLAIN
                 # Not only what the books say: protecting may have failed half-way, or been interrupted.
-                if guest.session is not None:
+                if guest.link is not None:
                     guest.unprotect(self._local(guest, ids))
             except BaseException as error:
                 guest.lose(error)
                 if not isinstance(error, DomainError):
                     raise
 
-    def take(self, guest: Attachment, ids: Ids, handles: Handles) -> NDArray[np.bool_]:
+    def take(self, guest: Attachment, ids: PageIds, handles: Handles) -> NDArray[np.bool_]:
         """Nominated -> in flight, those pages that are still nominated under these handles; returns which."""
         with self._locks[guest.domid - 1]:
             standing = np.asarray((self._phase[ids] == _NOMINATED) & (self._handle[ids] == handles))
             self._phase[ids[standing]] = _IN_FLIGHT
         return standing
 
-    def hold(self, guest: Attachment, ids: Ids) -> None:
+    def pin(self, guest: Attachment, ids: PageIds) -> None:
         """Plain or nominated -> in flight, protected; a handle is dead then.
 
         :raises DomainError: the guest has ended, or was given up.
@@ -141,21 +141,21 @@ class PageStates:
             self._phase[ids] = _IN_FLIGHT
         guest.protect(self._local(guest, ids))
 
-    def land(self, guest: Attachment, ids: Ids) -> None:
+    def land(self, guest: Attachment, ids: PageIds) -> None:
         """In flight -> plain: they were remapped, and their writers go on. The books have it already."""
         with self._locks[guest.domid - 1]:
             self._handle[ids] = 0
             self._phase[ids] = _PLAIN
         guest.wake()
 
-    def drop(self, guest: Attachment, ids: Ids) -> None:
+    def drop(self, guest: Attachment, ids: PageIds) -> None:
         """In flight -> plain, as if written: they were not remapped, and must not be."""
         with self._locks[guest.domid - 1]:
             self._handle[ids] = 0
             self._phase[ids] = _PLAIN
         guest.unprotect(self._local(guest, ids))
 
-    def settle(self, guest: Attachment, ids: Ids) -> None:
+    def complete_or_revert(self, guest: Attachment, ids: PageIds) -> None:
         """In flight -> nominated again, or plain where there is no handle: what was not remapped.
 
         No table of the guest may be under way. Never raises for a guest that has ended or was given up: none of its
@@ -194,7 +194,7 @@ class PageStates:
             # Inside the lock: once it is open, the page may be nominated, and so protected, anew.
             guest.unprotect(pages[standing])
 
-    def take_back(self, guest: Attachment, ids: Ids) -> None:
+    def take_back(self, guest: Attachment, ids: PageIds) -> None:
         """Nominated -> plain: nobody wants to share them any more.
 
         :raises DomainError: the guest has ended, or was given up: then none of its pages is nominated either.
@@ -214,11 +214,11 @@ class PageStates:
                     raise
 
     def forget(self, guest: Attachment) -> None:
-        """Whatever -> plain: the guest's session has been given up, and nothing of it is protected any more."""
+        """Whatever -> plain: the guest's link has been given up, and nothing of it is protected any more."""
         mine = slice(int(self._base[guest.domid - 1]), int(self._base[guest.domid]))
         with self._locks[guest.domid - 1]:
             self._handle[mine] = 0
             self._phase[mine] = _PLAIN
 
-    def _local(self, guest: Attachment, ids: Ids) -> NDArray[np.int64]:
+    def _local(self, guest: Attachment, ids: PageIds) -> NDArray[np.int64]:
         return np.asarray(ids - self._base[guest.domid - 1])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memshr.errors import BackendError, NoSuchDomainError
-from memshr.procfs import Mapping, Mappings
+from memshr.procfs import Vma, Vmas
 from memshr.qemu import guests, pagemap
 from memshr.qemu.control_area import MAPPED_CONTROL
 from memshr.qemu.guests import GuestProcess, Refusal
@@ -60,7 +60,7 @@ def status_of(process: GuestProcess) -> GuestStatus:
     :raises NoSuchDomainError: it has ended.
     """
     state, ram_bytes = "unknown", 0
-    mappings, pools = Mappings(b""), list[Mapping]()
+    mappings, pools = Vmas(b""), list[Vma]()
     sharing = frames = 0
     groups = list[str]()
     try:
@@ -123,7 +123,7 @@ def groups_in_force(processes: Sequence[GuestProcess]) -> dict[str, list[int]]:
     return found
 
 
-def _sharing(pid: int, pools: list[Mapping]) -> tuple[int, int]:
+def _sharing(pid: int, pools: list[Vma]) -> tuple[int, int]:
     # Pages on frames, and how many different frames they are.
     if not pools:
         return 0, 0

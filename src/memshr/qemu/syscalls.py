@@ -377,7 +377,7 @@ def userfaultfd_wake(uffd: int, address: int, length_bytes: int) -> None:
 # -- scheduling --------------------------------------------------------------------------------------------------------
 
 
-def hurry(tid: int | None) -> None:
+def set_priority(tid: int | None) -> None:
     """Have the scheduler prefer a thread (setpriority(2), which on Linux is of threads); None is no thread.
 
     What is not permitted is left as it is: it is a question of how long, and of nothing else.

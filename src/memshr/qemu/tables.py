@@ -26,7 +26,7 @@ _HUGE_BYTES: Final = HUGE_PAGE_PAGES * PAGE_SIZE
 _NO_FILE: Final = np.uint64(2**64 - 1)
 _BOTH: Final = syscalls.PROT_READ | syscalls.PROT_WRITE
 _ADVICE_GAP_BYTES: Final = 64 * PAGE_SIZE
-"""Mappings that are nearer than this get their flags back in one call. It looks at every mapping in between, of which
+"""Vmas that are nearer than this get their flags back in one call. It looks at every mapping in between, of which
 there may be ten thousand in a guest: over a gap like this one that costs less than another call."""
 
 FLAGS: Final = ("dd", "dc", "mg", "hg", "nh", "nr")

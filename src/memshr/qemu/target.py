@@ -1,7 +1,7 @@
 """One QEMU as the kernel shows it: everything that is asked of the kernel, or of QEMU's monitor, about a guest.
 
-``attachment`` decides what the answers mean. It speaks to this class and to ``agent.Session`` and to nothing else, so a
-stand-in for the two (``tests/standin``) plays a kernel in which every call can be made to fail.
+``attachment`` decides what the answers mean. It speaks to this class and to ``agent.AgentLink`` and to nothing else. So
+a stand-in for the two (``tests/standin``) plays a kernel in which every call can be made to fail.
 
 Every method raises OSError as the kernel does: that a look failed says nothing of whether the process is still there.
 That is ``has_ended``'s to say, from the pidfd, which stands for this very process.
@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import NoSuchDomainError, RefusedDomainError, UnsupportedError
-from memshr.procfs import Mappings, count_mappings, process_mappings
+from memshr.procfs import Vmas, count_mappings, process_mappings
 from memshr.qemu import agent, control_area, guests, injection, pagemap, syscalls
-from memshr.qemu.agent import Session
+from memshr.qemu.agent import AgentLink
 from memshr.qemu.bounded import Bounded
 from memshr.qemu.control_area import ControlArea
 from memshr.qemu.guests import GuestProcess, RamRange
@@ -50,7 +50,7 @@ class Target:
             self._pagemap = Pagemap(process.pid)
             undo.callback(self._pagemap.close)
             self._files = undo.pop_all()
-        self._last_mappings: Mappings | None = None
+        self._last_mappings: Vmas | None = None
         self._reader = Bounded(f"reading guest {process.name} ({process.pid})")
         self._files.callback(self._reader.close)
 
@@ -95,7 +95,7 @@ class Target:
         """Which entries are of transparent huge pages."""
         return self._pagemap.huge(entries)
 
-    def mappings(self) -> Mappings:
+    def mappings(self) -> Vmas:
         """What it has mapped now; the same object as the last time if nothing has changed since."""
         self._last_mappings = process_mappings(self.pid, last=self._last_mappings)
         return self._last_mappings
@@ -166,8 +166,8 @@ class Target:
                 ) from error
             return True
 
-    def connect(self, layout: list[RamRange], injector: Injector, domid: DomId) -> Session:
-        """Find or install the agent, and open a session.
+    def connect(self, layout: list[RamRange], injector: Injector, domid: DomId) -> AgentLink:
+        """Find or install the agent, and open a link.
 
         :raises RefusedDomainError: the guest must not be touched; ``reasons`` says why.
         :raises ConnectionLostError: QEMU, or its agent, does not answer.
@@ -185,7 +185,7 @@ class Target:
             code = mappings.named(control_area.MAPPED_CONTROL.__eq__) & mappings.executable
             places = [f"{place.start:x}-{place.end:x}" for place in mappings.of(code)]
             control = ControlArea.find(self.pid, places) or self._install(monitor, injector)
-            return Session.open(self.pid, self._pidfd, name, control, monitor)
+            return AgentLink.open(self.pid, self._pidfd, name, control, monitor)
 
     def _install(self, monitor: Monitor, injector: Injector) -> ControlArea:
         control = ControlArea.create()
@@ -210,16 +210,16 @@ class Target:
         with self.process.monitor() as monitor:
             monitor.drain(DRAIN_DEADLINE_S)
 
-    def disconnect(self, session: Session, injector: Injector) -> None:
-        """End the session and take the agent out: thread, mappings and descriptors are gone.
+    def disconnect(self, link: AgentLink, injector: Injector) -> None:
+        """End the link and take the agent out: thread, mappings and descriptors are gone.
 
         :raises ConnectionLostError: QEMU does not run; the agent stays.
         """
-        session.end_agent(self.pid)
+        link.end_agent(self.pid)
         for each in ControlArea.find_all(self.pid):  # of memshrs that died while they put one in
             if each.thread_lives(self.pid):
                 with self.process.monitor() as monitor:
-                    Session.open(self.pid, self._pidfd, self.process.name, each, monitor).end_agent(self.pid)
+                    AgentLink.open(self.pid, self._pidfd, self.process.name, each, monitor).end_agent(self.pid)
             else:
                 each.close()
         for each in ControlArea.find_all(self.pid):

@@ -110,7 +110,7 @@ def ended() -> Refused:
 # -- looking for what is needed ----------------------------------------------------------------------------------------
 
 
-class Mapping(NamedTuple):
+class Vma(NamedTuple):
     """One line of /proc/PID/maps."""
 
     start: int
@@ -119,7 +119,7 @@ class Mapping(NamedTuple):
     path: str
 
 
-def mappings(pid: int) -> Iterator[Mapping]:
+def mappings(pid: int) -> Iterator[Vma]:
     """The lines of /proc/PID/maps, in order of address. Not procfs.process_mappings: see ``control_area`` on numpy.
 
     :raises Refused: there are too many.
@@ -132,7 +132,7 @@ def mappings(pid: int) -> Iterator[Mapping]:
                 return
             addresses, permissions, _offset, _device, _inode, *path = line.split(maxsplit=5)
             start, end = (int(address, 16) for address in addresses.split(b"-"))
-            yield Mapping(start, end, permissions.decode(), os.fsdecode(b"".join(path).rstrip(b"\n")))
+            yield Vma(start, end, permissions.decode(), os.fsdecode(b"".join(path).rstrip(b"\n")))
     raise Refused("it has too many mappings", "nothing; report which QEMU it is")
 
 
@@ -143,7 +143,7 @@ class Program(NamedTuple):
     from a signal handler.
     """
 
-    mappings: Sequence[Mapping]
+    mappings: Sequence[Vma]
     syscall_return: int
     return_from_signal: int
 
@@ -172,7 +172,7 @@ def look_at(pid: int) -> Program:
     raise Refused("its program has no instruction sequence to borrow", "nothing; report which QEMU it is")
 
 
-def _pieces(memory: BinaryIO, found: Sequence[Mapping]) -> Iterator[tuple[int, bytes]]:
+def _pieces(memory: BinaryIO, found: Sequence[Vma]) -> Iterator[tuple[int, bytes]]:
     # Pieces of these mappings that overlap by a sequence's length; as many as are worth a search.
     searched_bytes = 0
     for mapping in found:
@@ -429,7 +429,7 @@ def borrowed(identity: Identity) -> Iterator[Tracee]:
     raise Refused("its main thread is never inside a system call", "try again when it is less busy")
 
 
-def _can_hold_stack(mapping: Mapping, start: int, end: int) -> bool:
+def _can_hold_stack(mapping: Vma, start: int, end: int) -> bool:
     # The main stack grows by itself when it is written to.
     return (
         mapping.permissions[:2] == "rw"

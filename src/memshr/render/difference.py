@@ -75,7 +75,7 @@ class PairChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Difference:
     """What changed between two estimates; every figure counts pages, but ``mappings``.
 
     * ``totals``: figures of TOTALS, and ``achievable_pages`` (``saved_pages`` of ``achievable``) if both have that.
@@ -103,13 +103,13 @@ class Comparison:
         return {"schema": SCHEMA, "version": VERSION, **plain}
 
 
-def compare(before: Estimate, after: Estimate) -> Comparison:
+def difference(before: Estimate, after: Estimate) -> Difference:
     """What changed from ``before`` to ``after``."""
     totals = {name: Change(getattr(before, name), getattr(after, name)) for name in TOTALS}
     if before.achievable is not None and after.achievable is not None:
         totals["achievable_pages"] = Change(before.achievable.saved_pages, after.achievable.saved_pages)
     old, new = _by_key(before.domains), _by_key(after.domains)
-    return Comparison(
+    return Difference(
         totals=totals,
         domains=tuple(_domain_change(old[key], domain) for key, domain in new.items() if key in old),
         new=tuple(domain.name for key, domain in new.items() if key not in old),

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from memshr.render.console import result_console, shown
-from memshr.render.difference import Change, Comparison
+from memshr.render.difference import Change, Difference
 from memshr.render.wording import Unit
 
 _PAIRS_SHOWN = 20
@@ -26,10 +26,10 @@ _TOTALS = {
 }
 
 
-def print_difference(comparison: Comparison) -> None:
-    """Print a comparison."""
+def print_difference(difference: Difference) -> None:
+    """Print a difference."""
     console = result_console()
-    totals = comparison.totals
+    totals = difference.totals
     saved = totals["saved_pages"]
     unit = Unit.of(max(totals["total_pages"].before, totals["total_pages"].after) // 10)
     if saved.difference:
@@ -43,14 +43,14 @@ def print_difference(comparison: Comparison) -> None:
         if name in totals:
             table.add_row(words, *_columns(totals[name], unit))
     console.print(table)
-    if comparison.domains:
-        console.print(_domain_table(comparison, unit))
-    for words, names in (("new", comparison.new), ("gone", comparison.gone)):
+    if difference.domains:
+        console.print(_domain_table(difference, unit))
+    for words, names in (("new", difference.new), ("gone", difference.gone)):
         if names:
             console.print(f"{words}: {_names(names)}", soft_wrap=True)
-    if comparison.pairs:
-        console.print(_pair_table(comparison))
-    for remark in comparison.remarks:
+    if difference.pairs:
+        console.print(_pair_table(difference))
+    for remark in difference.remarks:
         console.print(f"Note: {shown(remark)}.", soft_wrap=True)
 
 
@@ -81,14 +81,14 @@ def _signed(change: Change, unit: Unit) -> str:
     return f"{'+' if change.difference > 0 else '-'}{unit.number(abs(change.difference))}"
 
 
-def _domain_table(comparison: Comparison, unit: Unit) -> Table:
+def _domain_table(difference: Difference, unit: Unit) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(f"change of each domain, {unit.name}", overflow="fold")
     table.add_column("group", overflow="fold")
     names = ("total_pages", "zero_pages", "shared_pages", "intra_pages", "unique_pages")
     for head in ("size", "zero", "shared", "saved inside", "unique"):
         table.add_column(head, justify="right", no_wrap=True)
-    for domain in comparison.domains:
+    for domain in difference.domains:
         was, now = (shown(group) for group in domain.groups)
         table.add_row(
             shown(domain.name),
@@ -98,8 +98,8 @@ def _domain_table(comparison: Comparison, unit: Unit) -> Table:
     return table
 
 
-def _pair_table(comparison: Comparison) -> Table:
-    pairs = comparison.pairs[:_PAIRS_SHOWN]
+def _pair_table(difference: Difference) -> Table:
+    pairs = difference.pairs[:_PAIRS_SHOWN]
     unit = Unit.of(max(max(pair.contents.before, pair.contents.after) for pair in pairs) // 10)
     table = _table(f"save together, {unit.name}", "may share")
     for pair in pairs:
@@ -109,6 +109,6 @@ def _pair_table(comparison: Comparison) -> Table:
             may[1] if may[0] == may[1] else f"{may[0]} -> {may[1]}",
             *_columns(pair.contents, unit),
         )
-    if len(comparison.pairs) > len(pairs):
-        table.caption = f"and {len(comparison.pairs) - len(pairs)} pairs more: --json has them all"
+    if len(difference.pairs) > len(pairs):
+        table.caption = f"and {len(difference.pairs) - len(pairs)} pairs more: --json has them all"
     return table

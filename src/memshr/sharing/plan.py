@@ -12,12 +12,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.content.classes import Classes
+from memshr.content.classes import BatchRows, Classes
 from memshr.content.overlap import run_starts
 from memshr.types import DomIds, Handles
-
-Places = NDArray[np.intp]
-"""Indices within one batch."""
 
 
 def who_goes_where(
@@ -26,8 +23,8 @@ def who_goes_where(
     domids: DomIds,
     classes: Classes,
     max_sharers: int,
-    sharers_of: Callable[[Places], NDArray[np.int64]],
-) -> Places:
+    sharers_of: Callable[[BatchRows], NDArray[np.int64]],
+) -> BatchRows:
     """For each page of a batch the page onto whose frame it goes, or itself if it stays where it is.
 
     :param handles: of the nominated pages, shape ``(n,)``; equal handles are one frame.

@@ -33,7 +33,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.content.classes import Classes, Rows, classify, repeated
+from memshr.content.classes import BatchRows, Classes, Indices, classify, repeated
 from memshr.content.fingerprint import (
     ZERO_PAGE_FINGERPRINT,
     Fingerprinter,
@@ -55,7 +55,7 @@ from memshr.errors import (
 )
 from memshr.hypervisor import Capability, Hypervisor, error_of
 from memshr.sharing.figures import GroupFigures, sharing_report
-from memshr.sharing.plan import Places, who_goes_where
+from memshr.sharing.plan import who_goes_where
 from memshr.sharing.result import SharingReport
 from memshr.sharing.scan import Scan, Scanner
 from memshr.trust import Group
@@ -105,7 +105,7 @@ class SharingOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class SharingProgress:
     """How far a session is. ``phase`` is ``scan``, ``zero pages`` or ``share``, for one group."""
 
     group: str
@@ -121,7 +121,7 @@ def share(
     wait: Callable[[float], None],
     clock: Callable[[], float] = time.monotonic,
     options: SharingOptions | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[SharingProgress], None] = lambda _: None,
     fingerprinting: Fingerprinting | None = None,
 ) -> SharingReport:
     """Share the equal pages within each of ``groups``, audit the books, and report.
@@ -161,7 +161,7 @@ class _Nominated:
     pages: PageArray
     handles: Handles
     fresh: Mask
-    places: Places
+    places: BatchRows
 
     def __getitem__(self, mask: Mask) -> _Nominated:
         return _Nominated(self.pages[mask], self.handles[mask], self.fresh[mask], self.places[mask])
@@ -184,7 +184,7 @@ class _Scanned:
     def __len__(self) -> int:
         return len(self.pages)
 
-    def __getitem__(self, which: Mask | Rows) -> _Scanned:
+    def __getitem__(self, which: Mask | Indices) -> _Scanned:
         frames = None if self.frames is None else self.frames[which]
         return _Scanned(self.pages[which], self.fingerprints[which], frames)
 
@@ -217,7 +217,7 @@ class _GroupSession:
         fingerprint_pages: FingerprintPages,
         wait: Callable[[float], None],
         clock: Callable[[], float],
-        progress: Callable[[Progress], None],
+        progress: Callable[[SharingProgress], None],
         stopped: str | None,
     ) -> None:
         self._hypervisor = hypervisor
@@ -372,7 +372,7 @@ class _GroupSession:
         def advance(pages: int) -> None:
             nonlocal done_pages
             done_pages += pages
-            self._progress(Progress(self._group.name, phase, done_pages, total_pages))
+            self._progress(SharingProgress(self._group.name, phase, done_pages, total_pages))
 
         return advance
 
@@ -541,7 +541,7 @@ class _GroupSession:
             next_class += int(again.classes[-1]) + 1 if len(again) else 0
             self._contents[rows] = _NOT_REACHED
 
-    def _unsettled(self, rows: Rows, classes: Classes, frames: NDArray[np.int64]) -> tuple[Rows, Classes]:
+    def _unsettled(self, rows: Indices, classes: Classes, frames: NDArray[np.int64]) -> tuple[Indices, Classes]:
         # Those of the candidates ``rows``, with their classes, that have something to gain. Nothing to gain have those
         # whose class is on no more frames than max_sharers asks for, a page without one counted as one, and all of
         # these hold the same bytes. A frame's contents cannot change, so there is nothing to nominate. ``frames`` has
@@ -566,8 +566,8 @@ class _GroupSession:
         return rows[~mask], classes[~mask]
 
     def _told_apart(
-        self, rows: Rows, classes: Classes, scanned: Fingerprints, next_class: int
-    ) -> tuple[Rows, Classes, Classes]:
+        self, rows: Indices, classes: Classes, scanned: Fingerprints, next_class: int
+    ) -> tuple[Indices, Classes, Classes]:
         # Of a few candidates, with the fingerprints that they had, those that are alike on a second look too, with new
         # classes from ``next_class`` on, and the old class of each new one. Pages that only collide are the same ones
         # in every session over the same guests: nothing of these is nominated for nothing.
@@ -595,8 +595,8 @@ class _GroupSession:
             self._wait(rest_s)
 
     def _share_batch(
-        self, rows: Rows, classes: Classes, scanned: Fingerprints | None, reference: _Reference, seed: int
-    ) -> tuple[Rows, Fingerprints]:
+        self, rows: Indices, classes: Classes, scanned: Fingerprints | None, reference: _Reference, seed: int
+    ) -> tuple[Indices, Fingerprints]:
         # One batch from nominate to share. ``scanned`` has the fingerprints of the first sample, if what is read now is
         # a second one. Returns the rows whose contents are not those of their class, not shared and not nominated any
         # more, with fingerprints by which to find them partners.
@@ -658,7 +658,9 @@ class _GroupSession:
         self._unshare(pages[batch.fresh & (~kept | (sharers[frame_of] == 1))])
         return frames, kept
 
-    def _elect(self, clients: Places, leaders: Places, frames: Handles, kept: Mask, pages: PageArray) -> Places:
+    def _elect(
+        self, clients: BatchRows, leaders: BatchRows, frames: Handles, kept: Mask, pages: PageArray
+    ) -> BatchRows:
         # The leaders of these clients were written: put another page of the same frame in their place, or, if none
         # is left, the first client. Cost: a pass over the batch for each written leader.
         lost = np.unique(leaders[clients])
@@ -668,7 +670,7 @@ class _GroupSession:
             waiting = clients[leaders[clients] == leader]
             fellows = np.flatnonzero(kept & (frames == frames[leader]))
             leaders[waiting] = fellows[0] if len(fellows) else waiting[0]
-        remaining: Places = clients[leaders[clients] != clients]
+        remaining: BatchRows = clients[leaders[clients] != clients]
         return remaining
 
     def _gone_domids(self, pages: PageArray) -> list[int]:

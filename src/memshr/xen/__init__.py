@@ -2,7 +2,7 @@
 
 ``open_host`` gives the seam. ``libxc`` holds every C prototype and structure, ``connection`` finds library and
 hypervisor and checks both, ``mappings`` maps pages of domains to read them, ``search`` finds where they are,
-``groups`` remembers which pages are on one frame, ``ring`` is the page through which Xen asks for memory, ``names``
+``sharers`` remembers which pages are on one frame, ``ring`` is the page through which Xen asks for memory, ``names``
 asks xenstore for names, ``hypervisor`` is the seam on them, and ``audit`` counts Xen's books once more from outside,
 with ``bulk`` for many questions at once. ``domains`` makes a domain without memory for a question that
 needs one.

@@ -47,12 +47,12 @@ from memshr.xen import libxc
 from memshr.xen.audit import PATIENCE_S, Auditor
 from memshr.xen.connection import Connection, HostFacts
 from memshr.xen.domains import EmptyDomains
-from memshr.xen.groups import Groups, Page
 from memshr.xen.libxc import RELEASES, DominfFlag
 from memshr.xen.mappings import Mappings
 from memshr.xen.names import Names
 from memshr.xen.ring import SharingRing
 from memshr.xen.search import Search
+from memshr.xen.sharers import Page, Sharers
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class XenHypervisor:
         self._dtype = libxc.domaininfo_dtype(self._libxc.release)
         self._enabled: set[int] = set()  # domains that Xen has sharing enabled on, as far as we saw
         self._readable: set[int] = set()  # domains whose pages may be looked at
-        self._groups = Groups()
+        self._sharers = Sharers()
         self._newest_handle = 0  # that Xen was seen to give out
         self._forks: dict[int, int] = {}  # child -> parent, as far as they were made here
         self._responses: dict[int, int] = {}  # domid -> what has been answered so far, of rings that were enabled here
@@ -431,7 +431,7 @@ class XenHypervisor:
         )
         if answer < 0:
             return self._status("share_gfns")
-        self._groups.join(source, source_handle, client, client_handle)
+        self._sharers.join(source, source_handle, client, client_handle)
         return Status.OK
 
     def _ask_about_client(self, source: Page, client: Page) -> int | None:
@@ -500,11 +500,11 @@ class XenHypervisor:
             return False
         if sharers == 1:
             return True
-        known = self._groups.pages(Handle(client_handle)) | {client, (source[0], client[1])}  # range_share: one gfn
+        known = self._sharers.pages(Handle(client_handle)) | {client, (source[0], client[1])}  # range_share: one gfn
         present = [page for page in known if self._is_version(page, client_handle)]
         if len(present) != sharers or any(domid not in (source[0], client[0]) for domid, _ in present):
             return False
-        self._groups.learn(Handle(client_handle), present)
+        self._sharers.learn(Handle(client_handle), present)
         return True
 
     def _is_version(self, page: Page, handle: int) -> bool:
@@ -582,7 +582,7 @@ class XenHypervisor:
         )
         if answer < 0:
             raise self._share_error("add_to_physmap", self._status("add_to_physmap"), source, client)
-        self._groups.plug(source, source_handle, client)
+        self._sharers.plug(source, source_handle, client)
 
     def range_share(self, source_domid: DomId, client_domid: DomId, first: Gfn, last: Gfn) -> None:
         """See the seam.
@@ -718,7 +718,7 @@ class XenHypervisor:
         for run in np.flatnonzero(old).tolist():
             rows = order[bounds[run] : bounds[run + 1]]
             places = zip(pages.domids[rows].tolist(), pages.gfns[rows].tolist(), strict=True)
-            self._groups.seen(Handle(int(ordered[bounds[run]])), places)
+            self._sharers.seen(Handle(int(ordered[bounds[run]])), places)
 
     def share_gfns_many(
         self, sources: PageArray, source_handles: Handles, clients: PageArray, client_handles: Handles

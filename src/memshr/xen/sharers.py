@@ -19,7 +19,7 @@ MAX_FRAMES = 1 << 16
 MAX_PAGES_OF_A_FRAME = 1024
 
 
-class Groups:
+class Sharers:
     """The pages of each shared frame, by the frame's handle, as far as this process has put or seen them there.
 
     Bounded: the frames that were touched longest ago, and frames with very many pages, are forgotten. To forget is
