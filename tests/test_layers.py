@@ -7,20 +7,21 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "memshr"
 
-FOUNDATION = {"types", "errors", "hypervisor"}
+FOUNDATION = {"types", "errors", "hypervisor", "runs"}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
+    "runs": set(),
     "hypervisor": {"types", "errors"},
     "pagesource": {"types", "errors"},
     "trust": {"types", "errors"},
     "record": {"errors"},
     "opened": set(),
     "privilege": {"errors"},
-    "procfs": {"types", "errors"},
-    "content": {"types"},
+    "procfs": {"types", "errors", "runs"},
+    "content": {"types", "runs"},
     "embedded": FOUNDATION,
-    "images": {"types", "errors", "pagesource", "procfs", "opened"},
+    "images": {"types", "errors", "runs", "pagesource", "procfs", "opened"},
     "qemu": FOUNDATION | {"procfs"},
     "xen": FOUNDATION,
     "opening": FOUNDATION | {"pagesource", "embedded", "images", "qemu", "xen"},

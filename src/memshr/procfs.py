@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import BackendError, ImageError, MemshrError, PermissionDeniedError, UnsupportedError
+from memshr.runs import alike, slices, true_runs
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
 
 _PAGEMAP_BATCH_PAGES = 1 << 20
@@ -95,7 +96,7 @@ class Vmas(Sequence[Vma]):
         self.flags = np.zeros((len(ends), 4), dtype=np.uint8)
         self._places = {b"": 0}
         by_length = np.argsort(lengths, kind="stable")
-        for rows in np.split(by_length, np.flatnonzero(np.diff(lengths[by_length])) + 1):
+        for rows in (by_length[part] for part in slices(alike(lengths[by_length]))):
             left = rows
             for _ in range(_ALIKE_TRIES):
                 if len(left) < _ALIKE_LINES:
@@ -277,12 +278,6 @@ def _read_maps(pid: int) -> bytes:
             if length > _MOST_MAPS_BYTES and length > lines * _MOST_LINE_BYTES:
                 raise OSError(errno.EFBIG, "it has mapped very many files with very long names")
     return b"".join(chunks)
-
-
-def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The runs of True in ``mask`` (shape ``(n,)``): shape ``(runs, 2)``, each row its start and its end."""
-    steps = np.diff(mask.astype(np.int8), prepend=0, append=0)
-    return np.flatnonzero(steps).astype(np.int64).reshape(-1, 2)
 
 
 class ProcessMemory:

@@ -11,7 +11,8 @@ import pytest
 
 from child_process import child
 from memshr.errors import ImageError
-from memshr.procfs import ProcessMemory, Vma, Vmas, process_mappings, true_runs
+from memshr.procfs import ProcessMemory, Vma, Vmas, process_mappings
+from memshr.runs import true_runs
 
 PAGE = 4096
 

@@ -5,14 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.runs import run_starts
+
 _SLAB_CELLS = 1 << 17
-
-
-def run_starts(numbers: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Where a new number begins in an array of runs; bool, same shape."""
-    starts = np.ones(len(numbers), np.bool_)
-    starts[1:] = numbers[1:] != numbers[:-1]
-    return starts
 
 
 def overlap(

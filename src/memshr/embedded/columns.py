@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.runs import alike
+
 CHUNK_BITS = 16
 CHUNK = 1 << CHUNK_BITS
 _MASK = CHUNK - 1
@@ -49,15 +51,14 @@ class Spots:
         if (keys == first).all():
             self.groups.append((first, slice(None), offsets))
             return
-        changes = np.flatnonzero(keys[1:] != keys[:-1]) + 1
+        edges = alike(keys)
         order: NDArray[np.intp] | None = None
-        if len(changes) > 64 or len(np.unique(keys[np.concatenate(([0], changes))])) <= len(changes):
+        if len(edges) > 66 or len(np.unique(keys[edges[:-1]])) < len(edges) - 1:
             order = _stable_order(keys)
             keys = keys[order]
             offsets = offsets[order]
-            changes = np.flatnonzero(keys[1:] != keys[:-1]) + 1
-        bounds = [0, *changes.tolist(), self.size]
-        for start, end in pairwise(bounds):
+            edges = alike(keys)
+        for start, end in pairwise(edges.tolist()):
             positions = slice(start, end) if order is None else order[start:end]
             self.groups.append((int(keys[start]), positions, offsets[start:end]))
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.embedded.columns import CHUNK, CHUNK_BITS, Column
+from memshr.runs import true_runs
 from memshr.types import MAX_GFN_BITS, P2mType
 
 TYPE_BITS = 4
@@ -112,9 +113,8 @@ class P2m:
         bounds = [(part.first_gfn, part.first_gfn + part.count) for part in self.untouched()]
         first_pid = self.first_key << CHUNK_BITS
         for pid, chunk in self.touched():
-            ram = np.concatenate(([False], _IS_RAM[chunk & TYPE_MASK], [False]))
-            edges = np.flatnonzero(ram[1:] != ram[:-1]) + (pid - first_pid)
-            bounds.extend(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+            ram = true_runs(_IS_RAM[chunk & TYPE_MASK]) + (pid - first_pid)
+            bounds.extend((begin, end) for begin, end in ram.tolist())
         bounds.sort()
         runs: list[list[int]] = []
         for start, end in bounds:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.embedded.columns import Column, Index, Spots
+from memshr.runs import alike
 from memshr.types import MAX_GFN_BITS
 
 NO_SLOT = 0
@@ -182,9 +183,8 @@ class SharedFrames:
         order = np.argsort(source_slots, kind="stable")
         sources = source_slots[order]
         pids = self.head[client_slots[order]]
-        starts = np.flatnonzero(np.concatenate(([True], sources[1:] != sources[:-1])))
-        ends = np.concatenate((starts[1:], [len(sources)])) - 1
-        lengths = ends - starts + 1
+        edges = alike(sources)
+        starts, ends, lengths = edges[:-1], edges[1:] - 1, np.diff(edges)
         heads = self.head[sources[starts]]
         head_spots = Spots(heads)
         afters = self.next.gather(head_spots)

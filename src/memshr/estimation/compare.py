@@ -30,6 +30,7 @@ from memshr.estimation.look import Findings, Verdict
 from memshr.estimation.population import Population
 from memshr.estimation.readers import Readers
 from memshr.pagesource import Rows
+from memshr.runs import consecutive
 from memshr.types import PAGE_SIZE, PageBytes, page_buffer
 
 _BATCH_PAGES = 4096
@@ -202,10 +203,9 @@ class _Batch:
         equal = np.ones(len(self._leader), np.bool_)
         clients = clients[np.argsort(self._place[clients])]
         ours, theirs = self._place[clients], self._place[self._leader[clients]]
-        breaks = np.flatnonzero((np.diff(ours) != 1) | (np.diff(theirs) != 1)) + 1
-        in_runs = (len(breaks) + 1) * _MEAN_RUN_PAGES <= len(clients)
-        edges = [0, *breaks.tolist(), len(clients)] if in_runs else [0, len(clients)]
-        for start, end in pairwise(edges):
+        edges = consecutive(ours, theirs)
+        in_runs = (len(edges) - 1) * _MEAN_RUN_PAGES <= len(clients)
+        for start, end in pairwise(edges.tolist() if in_runs else [0, len(clients)]):
             for first in range(start, end, _BLOCK_PAGES):
                 block = slice(first, min(first + _BLOCK_PAGES, end))
                 count = block.stop - first

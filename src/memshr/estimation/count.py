@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.content.classes import PackedClasses
-from memshr.content.overlap import overlap, run_starts
+from memshr.content.overlap import overlap
 from memshr.estimation.population import Population
 from memshr.pagesource import Rows
+from memshr.runs import alike, run_starts
 
 _PIECE_PAGES = 1 << 18
 TOP_CONTENTS = 20
@@ -147,8 +148,8 @@ class Tally:
                 self._number(rows[ours], leaders[ours], group, totals, given)
 
     def _number(self, rows: Rows, leaders: Rows, group: int, totals: Counts | None, given: Counts) -> None:
-        starts = np.flatnonzero(run_starts(leaders))
-        lengths = np.diff(starts, append=len(rows))
+        edges = alike(leaders)
+        starts, lengths = edges[:-1], np.diff(edges)
         rank = np.arange(len(rows)) - np.repeat(starts, lengths)
         if totals is None:
             several = np.repeat(lengths > 1, lengths)

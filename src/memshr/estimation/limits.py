@@ -22,6 +22,7 @@ from memshr.estimation.count import Frames, Tally
 from memshr.estimation.look import Findings, Verdict
 from memshr.estimation.population import Population
 from memshr.pagesource import Rows
+from memshr.runs import jumps
 from memshr.types import HUGE_PAGE_PAGES
 
 _BLOCKS_STRIDE = 2048
@@ -90,14 +91,13 @@ def _within_budget(numbers: Frames, range_starts: Rows, budget: int) -> tuple[in
     (rows,) = np.nonzero(numbers)
     if not len(rows):
         return 0, 0, rows
-    apart = np.ones(len(rows), np.bool_)
-    apart[1:] = np.diff(rows) != 1
+    apart = np.append(True, jumps(rows))
     boundary = np.searchsorted(rows, range_starts)
     boundary = boundary[boundary < len(rows)]
     apart[boundary] = True
     new = apart.copy()
     frames = numbers[rows].astype(np.int64)
-    new[1:] |= np.diff(frames) != 1
+    new[1:] |= jumps(frames)
     del frames
     starts = np.flatnonzero(new)
     apart = apart[starts]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from memshr.content.classes import MAX_ROWS
 from memshr.errors import MemshrError
 from memshr.pagesource import Rows, Subject
+from memshr.runs import consecutive
 from memshr.types import DomId, Gfn, PageBytes
 
 _SCATTERED_RUN_PAGES = 8
@@ -90,12 +91,12 @@ class Population:
             part = slice(int(cuts[number]), int(cuts[number + 1]))
             source = self.subjects[number].pages
             local = rows[part] - self.bases[number]
-            breaks = np.flatnonzero(np.diff(local) != 1) + 1
-            if (len(breaks) + 1) * _SCATTERED_RUN_PAGES > len(local) and len(breaks):
+            edges = consecutive(local)
+            runs = len(edges) - 1
+            if runs > 1 and runs * _SCATTERED_RUN_PAGES > len(local):
                 readable[part] = source.read(local, out[part])
                 continue
-            edges = [0, *breaks.tolist(), len(local)]
-            for start, end in pairwise(edges):
+            for start, end in pairwise(edges.tolist()):
                 inside = slice(part.start + start, part.start + end)
                 readable[inside] = source.read_run(int(local[start]), out[inside])
         return readable

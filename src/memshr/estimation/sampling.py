@@ -42,6 +42,7 @@ from memshr.errors import MemshrError
 from memshr.estimation.look import Findings, Verdict
 from memshr.estimation.population import Population
 from memshr.pagesource import Rows
+from memshr.runs import run_starts
 
 CLUSTER_PAGES = 16
 """64 KiB: so much comes from a disk in little more time than one page."""
@@ -171,8 +172,8 @@ def infer(
     order = np.lexsort((clusters, groups, leaders))
     content = leaders[order] * (1 + len(population.subjects)) + groups[order]
     cluster = clusters[order]
-    new_content = np.append(True, np.diff(content) != 0)[: len(content)]
-    new = new_content | np.append(True, np.diff(cluster) != 0)[: len(content)]
+    new_content = run_starts(content)
+    new = new_content | run_starts(cluster)
     within = _per_cluster(drawn, first, cluster[~new])
     zeros = _per_cluster(drawn, first, drawn.clusters[verdicts == Verdict.ZERO])
     nonzero = int(np.count_nonzero(verdicts == Verdict.OPEN))

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from memshr.errors import BackendError, ImageError
 from memshr.images.elfcore import MAX_SEGMENTS, CoreWriter
-from memshr.procfs import ProcessMemory, Vma, true_runs
+from memshr.procfs import ProcessMemory, Vma
+from memshr.runs import true_runs
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes, page_buffer
 
 _BATCH_BYTES = 16 << 20

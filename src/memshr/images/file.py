@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from memshr import opened
 from memshr.errors import BackendError, ImageError
+from memshr.runs import consecutive, edges_at
 from memshr.types import MAX_GFN_BITS, PAGE_SIZE, Gfns, PageBytes
 
 RUN = np.dtype([("gfn", np.int64), ("offset", np.int64), ("pages", np.int64)])
@@ -309,12 +311,9 @@ class Unpacked(Contents):
             return
         self._require_room(len(place) * PAGE_SIZE)
         row = rows[place]
-        first = np.flatnonzero(np.append(True, (np.diff(place) != 1) | (np.diff(row) != 1)))
         try:
-            for at, begin, count in zip(
-                place[first].tolist(), row[first].tolist(), np.diff(first, append=len(place)).tolist(), strict=True
-            ):
-                self._write(pages[begin : begin + count], start + at * PAGE_SIZE)
+            for begin, end in pairwise(consecutive(place, row).tolist()):
+                self._write(pages[row[begin] : row[begin] + end - begin], start + int(place[begin]) * PAGE_SIZE)
         except OSError as error:
             raise self._no_room(error) from error
 
@@ -436,7 +435,7 @@ def _joined(runs: NDArray[Any]) -> NDArray[Any]:
     if not len(runs):
         return runs
     goes_on = (runs["gfn"][1:] == (runs["gfn"] + runs["pages"])[:-1]) & offset_goes_on(runs)
-    first = np.flatnonzero(np.append(True, ~goes_on))
+    first = edges_at(~goes_on, len(runs))[:-1]
     joined = runs[first]
     joined["pages"] = np.add.reduceat(runs["pages"], first)
     return joined

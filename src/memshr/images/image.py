@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from memshr.images.file import ZEROS, ImageFile, Layout, offset_goes_on
 from memshr.images.reading import MAP_NORESERVE, PageReader, mapped
 from memshr.pagesource import PageState, Rows
+from memshr.runs import edges_at
 from memshr.types import PAGE_SIZE, Extent, Gfn, PageBytes
 
 _FEW_PAGES = 8
@@ -50,7 +51,7 @@ class MemoryImage:
         self._reader: PageReader | None = PageReader(self._contents)
         self._extents: Sequence[Extent] | None = None
         # Rows ignore gaps between gfns, so runs that are gaps apart there may be one piece of the file.
-        first = np.flatnonzero(np.append(True, ~offset_goes_on(self.runs))) if len(self.runs) else np.empty(0, np.intp)
+        first = edges_at(~offset_goes_on(self.runs), len(self.runs))[:-1]
         row = np.append(0, np.cumsum(self.runs["pages"]))
         self._piece_row = np.append(row[:-1][first], self.total_pages)
         self._piece_offset = self.runs["offset"][first]
@@ -77,7 +78,7 @@ class MemoryImage:
         if not len(self.runs):
             return np.empty((0, 2), np.int64)
         end = self.runs["gfn"] + self.runs["pages"]
-        first = np.flatnonzero(np.append(True, self.runs["gfn"][1:] != end[:-1]))
+        first = edges_at(self.runs["gfn"][1:] != end[:-1], len(self.runs))[:-1]
         return np.stack([self.runs["gfn"][first], np.add.reduceat(self.runs["pages"], first)], axis=1)
 
     @property

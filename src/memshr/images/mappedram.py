@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from memshr.errors import ImageError
 from memshr.images.file import RUN, ZEROS, ImageFile, Layout, checked_runs
+from memshr.runs import alike
 from memshr.types import MAX_GFN_BITS, PAGE_SHIFT, PAGE_SIZE
 
 _MAGIC: Final = b"QEVM"
@@ -242,7 +243,7 @@ def _runs(file: ImageFile, block: _Block, first_gfn: int, below: int) -> NDArray
             what = f"the bitmap of memory block {block.name!r}"
             bitmap = file.records(np.dtype(np.uint8), block.bitmap_offset + start, here, what)
             bits = np.unpackbits(bitmap, count=count, bitorder="little")
-            edges = np.append(0, np.flatnonzero(np.diff(bits)) + 1)
+            edges = alike(bits)[:-1]
             stored = bits[edges]
         if 0 < below - page < count and below - page not in edges:
             cut = int(np.searchsorted(edges, below - page))

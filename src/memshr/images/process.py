@@ -6,7 +6,6 @@ whenever it is asked. The process is not stopped, and nothing is done to it.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +16,7 @@ from memshr.errors import ImageError
 from memshr.images.capture import is_captured
 from memshr.pagesource import PageState, Rows
 from memshr.procfs import ProcessMemory
+from memshr.runs import consecutive, slices
 from memshr.types import PAGE_SHIFT, PageBytes
 
 
@@ -101,7 +101,6 @@ class ProcessSource:
     def read(self, rows: Rows, out: PageBytes) -> NDArray[np.bool_]:
         """As ``PageSource`` says; a ``preadv`` for each run of rows."""
         readable = np.empty(len(rows), np.bool_)
-        breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
-        for start, end in pairwise([0, *breaks, len(rows)] if len(rows) else [0]):
-            readable[start:end] = self.read_run(int(rows[start]), out[start:end])
+        for run in slices(consecutive(rows)):
+            readable[run] = self.read_run(int(rows[run.start]), out[run])
         return readable

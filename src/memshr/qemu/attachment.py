@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
-import itertools
 import logging
 import os
 import select
@@ -53,6 +52,7 @@ from memshr.qemu.pool import FramePool, files_of_pools
 from memshr.qemu.ram import GuestRam, Pages
 from memshr.qemu.tables import Kept, Table
 from memshr.qemu.target import Target
+from memshr.runs import alike, slices
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
 
 _log = logging.getLogger(__name__)
@@ -362,12 +362,11 @@ class Attachment:
         # In a pool's mapping a page that is not there reads as its frame; in anonymous memory it is zeros. So is the
         # kernel's zero page, which a large guest that was looked at before may have for all that it never touched.
         absent = (~pagemap.is_there(found) | self.zero_pages(found)) & ~self.in_pool[rows]
-        edges = [0, *(np.flatnonzero(np.diff(absent)) + 1).tolist(), len(out)]
-        for start, end in itertools.pairwise(edges):
-            if absent[start]:
-                out[start:end] = 0
+        for run in slices(alike(absent)):
+            if absent[run.start]:
+                out[run] = 0
             else:
-                self.read_scattered(rows[start:end], out[start:end])
+                self.read_scattered(rows[run], out[run])
 
     def read_scattered(self, pages: Pages, out: PageBytes, rows: NDArray[np.int64] | None = None) -> None:
         """Contents of pages in any order.

@@ -49,6 +49,7 @@ from memshr.qemu.protection import WriteWatch
 from memshr.qemu.remapping import Remapping
 from memshr.qemu.states import PageIds
 from memshr.qemu.syscalls import MPOL_BIND, MPOL_MODE_FLAGS
+from memshr.runs import edges_at, jumps, slices
 from memshr.types import (
     PAGE_SIZE,
     AuditReport,
@@ -956,7 +957,7 @@ class QemuHypervisor:
             hvas = np.arange(start, start + _WINDOW_PAGES * PAGE_SIZE, PAGE_SIZE, dtype=np.int64)
             pages = guest.ram.pages_of_hvas(hvas)
             pages = np.sort(pages[pages >= 0])
-            windows += np.split(pages, np.flatnonzero(np.diff(guest.hvas[pages]) != PAGE_SIZE) + 1)
+            windows += [pages[run] for run in slices(edges_at(jumps(guest.hvas[pages], PAGE_SIZE), len(pages)))]
         return windows
 
     def detach(self, domid: DomId) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import BackendError, NoSuchDomainError
+from memshr.runs import edges_at, slices
 from memshr.types import HUGE_PAGE_PAGES, PAGE_SHIFT, PAGE_SIZE
 
 _PRESENT: Final = np.uint64(1 << 63)
@@ -89,9 +90,8 @@ class Pagemap:
 
     def _ascending(self, pages: NDArray[np.int64]) -> Entries:
         found = np.empty(len(pages), dtype=np.uint64)
-        (far,) = np.nonzero(np.diff(pages) > _GAP_PAGES)
-        for start, end in itertools.pairwise([0, *(far + 1).tolist(), len(pages)]):
-            self._fill(pages[start:end], found[start:end])
+        for near in slices(edges_at(np.diff(pages) > _GAP_PAGES, len(pages))):
+            self._fill(pages[near], found[near])
         return found
 
     def _fill(self, pages: NDArray[np.int64], found: Entries) -> None:
@@ -149,8 +149,7 @@ class Pagemap:
         flags = np.zeros(len(frames), dtype=np.uint64)
         if self._kpageflags is None or not len(frames):
             return flags
-        (far,) = np.nonzero(np.diff(frames) > np.uint64(_GAP_FRAMES))
-        for start, end in itertools.pairwise([0, *(far + 1).tolist(), len(frames)]):
+        for start, end in itertools.pairwise(edges_at(np.diff(frames) > np.uint64(_GAP_FRAMES), len(frames)).tolist()):
             first = int(frames[start])
             # Short where there is memory of devices: it may lie beyond what there are flags of.
             if end == start + 1:

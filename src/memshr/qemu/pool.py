@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from memshr.errors import BackendError, HostMemoryError, InvariantError
 from memshr.procfs import Vma, Vmas
 from memshr.qemu import mark, syscalls
+from memshr.runs import alike, consecutive, slices
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
 
 NAME_PREFIX: Final = "memshr-pool:"
@@ -67,7 +68,7 @@ def files_of_pools(mappings: Vmas) -> list[NDArray[np.int64]]:
     if files.max(initial=-1) >= _MOST_POOLS:
         raise BackendError(f"it has mapped more than {_MOST_POOLS} files that are called frame pools", remedy=_LEAVE_IT)
     order = np.argsort(files, kind="stable")
-    return [rows[part] for part in np.split(order, np.flatnonzero(np.diff(files[order])) + 1) if len(part)]
+    return [rows[order[part]] for part in slices(alike(files[order]))]
 
 
 def fits_pool(group: str) -> bool:
@@ -208,11 +209,10 @@ class FramePool:
 
     def read(self, frames: NDArray[np.int64], out: PageBytes) -> None:
         """Contents of frames, frame i into row i of ``out`` (shape ``(>= n, PAGE_SIZE)``)."""
-        breaks = np.flatnonzero(np.diff(frames) != 1) + 1
-        for run in np.split(np.arange(len(frames)), breaks) if len(frames) else ():
-            rows = out[run[0] : run[-1] + 1]
-            if os.preadv(self._file, [rows.data], int(frames[run[0]]) << PAGE_SHIFT) != rows.nbytes:
-                raise InvariantError(f"pool {self.group} ends before frame {int(frames[run[-1]])}")
+        for run in slices(consecutive(frames)):
+            rows = out[run]
+            if os.preadv(self._file, [rows.data], int(frames[run.start]) << PAGE_SHIFT) != rows.nbytes:
+                raise InvariantError(f"pool {self.group} ends before frame {int(frames[run.stop - 1])}")
 
     def punch(self, frames: NDArray[np.int64]) -> None:
         """Give the memory of frames back to the host. No guest may read any of them.
@@ -220,9 +220,9 @@ class FramePool:
         :param frames: shape ``(n,)``, in any order.
         """
         ordered = np.unique(frames)
-        breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
-        for run in np.split(ordered, breaks) if len(ordered) else ():
-            syscalls.punch_hole(self._file, int(run[0]) << PAGE_SHIFT, len(run) << PAGE_SHIFT)
+        for run in slices(consecutive(ordered)):
+            pages = run.stop - run.start
+            syscalls.punch_hole(self._file, int(ordered[run.start]) << PAGE_SHIFT, pages << PAGE_SHIFT)
 
     def backed_frames(self) -> NDArray[np.int64]:
         """The frames that the host spends memory on, ascending; costs a call for each run."""

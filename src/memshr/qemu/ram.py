@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.qemu.guests import RamRange
+from memshr.runs import edges_at, jumps
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, Gfns
 
 Pages = NDArray[np.int64]
@@ -70,8 +71,5 @@ class GuestRam:
     def runs(self, pages: Pages) -> list[tuple[int, int]]:
         """Address and bytes of each run of adjacent pages."""
         hvas = self.hvas[pages]
-        first = np.ones(len(hvas), dtype=np.bool_)
-        np.not_equal(np.diff(hvas), PAGE_SIZE, out=first[1:])
-        (at,) = np.nonzero(first)
-        lengths = np.diff(at, append=len(hvas)) * PAGE_SIZE
-        return list(zip(hvas[at].tolist(), lengths.tolist(), strict=True))
+        edges = edges_at(jumps(hvas, PAGE_SIZE), len(hvas))
+        return list(zip(hvas[edges[:-1]].tolist(), (np.diff(edges) * PAGE_SIZE).tolist(), strict=True))

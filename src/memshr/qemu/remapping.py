@@ -31,6 +31,7 @@ from memshr.qemu.attachment import BATCH_ENTRIES, DIFFERS, MAPPED, MOVED_PAGES, 
 from memshr.qemu.books import NOWHERE, GuestBooks
 from memshr.qemu.interrupts import uninterrupted
 from memshr.qemu.states import PageIds
+from memshr.runs import jumps
 from memshr.types import Handles
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Remapping:
 
     @staticmethod
     def _flights_of(ids: PageIds, onto: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        piece = np.cumsum((np.diff(ids, prepend=ids[:1]) != 1) | (np.diff(onto, prepend=onto[:1]) != 1))
+        piece = np.cumsum(np.append(True, jumps(ids) | jumps(onto))[: len(ids)])
         first = 0
         while first < len(rows):
             end = min(first + MOVED_PAGES, int(np.searchsorted(piece, piece[first] + BATCH_ENTRIES)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from memshr.qemu import syscalls
 from memshr.qemu.control_area import IF_EQUAL, NODE_MASK_BYTES
+from memshr.runs import edges_at, jumps
 from memshr.types import HUGE_PAGE_PAGES, PAGE_SHIFT, PAGE_SIZE
 
 Table = NDArray[np.uint64]
@@ -50,15 +52,6 @@ def bits_of(flags: frozenset[str]) -> int:
     return sum(1 << at for at, flag in enumerate(FLAGS) if flag in flags)
 
 
-def of_runs(new: NDArray[np.bool_], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First rows and ends of runs.
-
-    :param new: shape ``(count - 1,)``: between which rows a run ends.
-    """
-    starts = np.concatenate([[0], np.flatnonzero(new) + 1]) if count else np.empty(0, dtype=np.int64)
-    return starts, np.append(starts[1:], count)
-
-
 def mapping_frames(hvas: NDArray[np.int64], frames: NDArray[np.int64], number: int) -> tuple[Table, NDArray[np.int64]]:
     """Map frames over pages that hold the same bytes.
 
@@ -66,7 +59,8 @@ def mapping_frames(hvas: NDArray[np.int64], frames: NDArray[np.int64], number: i
     :param number: the pool as a descriptor in QEMU.
     :returns: the table, a row for each run; how many pages are done after each row.
     """
-    starts, ends = of_runs((np.diff(hvas) != PAGE_SIZE) | (np.diff(frames) != 1), len(hvas))
+    edges = edges_at(jumps(hvas, PAGE_SIZE) | jumps(frames), len(hvas))
+    starts, ends = edges[:-1], edges[1:]
     table = np.zeros((len(starts), 8), dtype=np.uint64)
     table[:, 0] = syscalls.NR_MMAP | IF_EQUAL
     table[:, 1] = table[:, 7] = hvas[starts]
@@ -88,7 +82,8 @@ def emptying(
     :param kept: what each RAM range has; ``ranges``: the RAM range of each page, shape ``(n,)``.
     :returns: as mapping_frames.
     """
-    starts, ends = of_runs((np.diff(hvas) != PAGE_SIZE) | np.diff(anonymous) | (np.diff(ranges) != 0), len(hvas))
+    edges = edges_at(jumps(hvas, PAGE_SIZE) | np.diff(anonymous) | jumps(ranges, 0), len(hvas))
+    starts, ends = edges[:-1], edges[1:]
     drop = anonymous[starts]
     table = np.zeros((len(starts), 8), dtype=np.uint64)
     table[:, 0] = np.where(drop, syscalls.NR_MADVISE, syscalls.NR_MMAP)
@@ -185,12 +180,11 @@ def restoring(table: Table, kept: Sequence[Kept], ranges: NDArray[np.int64], mos
     gaps = starts[1:] - ends[:-1]
     gap_bytes = _ADVICE_GAP_BYTES
     while True:
-        (breaks,) = np.nonzero((np.diff(ranges) != 0) | (gaps > gap_bytes))
-        firsts, lasts = [0, *(breaks + 1).tolist()], [*breaks.tolist(), len(starts) - 1]
+        edges = edges_at(jumps(ranges, 0) | (gaps > gap_bytes), len(starts)).tolist()
         rows = [
             row
-            for first, last in zip(firsts, lasts, strict=True)
-            for row in kept[int(ranges[first])].rows(int(starts[first]), int(ends[last] - starts[first]), names)
+            for first, end in pairwise(edges)
+            for row in kept[int(ranges[first])].rows(int(starts[first]), int(ends[end - 1] - starts[first]), names)
         ]
         if len(rows) <= most:
             return rows
@@ -270,8 +264,9 @@ def copying(
 
 def _pieces(hvas: NDArray[np.int64], shifts: NDArray[np.int64]) -> NDArray[np.int64]:
     # Runs of pages that are copied to a run.
-    starts, ends = of_runs((np.diff(hvas) != PAGE_SIZE) | (np.diff(shifts) != 0), len(hvas))
-    return np.stack([hvas[starts] + shifts[starts], hvas[starts], (ends - starts) * PAGE_SIZE], axis=1)
+    edges = edges_at(jumps(hvas, PAGE_SIZE) | jumps(shifts, 0), len(hvas))
+    starts = edges[:-1]
+    return np.stack([hvas[starts] + shifts[starts], hvas[starts], np.diff(edges) * PAGE_SIZE], axis=1)
 
 
 def _joined(rows: list[list[int]]) -> list[list[int]]:

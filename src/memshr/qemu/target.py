@@ -30,6 +30,7 @@ from memshr.qemu.injection import Injector
 from memshr.qemu.mapping_budget import map_count_limit
 from memshr.qemu.monitor import Monitor
 from memshr.qemu.pagemap import Pagemap
+from memshr.runs import edges_at, jumps
 from memshr.types import PAGE_SIZE, DomId, PageBytes
 
 DRAIN_DEADLINE_S: Final = 10.0
@@ -114,9 +115,10 @@ class Target:
 
     def read(self, hvas: NDArray[np.int64], out: PageBytes, rows: NDArray[np.int64]) -> int:
         """Contents of pages, that at ``hvas[i]`` into row ``rows[i]`` of ``out``; returns how many bytes were read."""
-        (at,) = np.nonzero((np.diff(hvas, prepend=-1) != PAGE_SIZE) | (np.diff(rows, prepend=-1) != 1))
+        edges = edges_at(jumps(hvas, PAGE_SIZE) | jumps(rows), len(hvas))
+        at = edges[:-1]
         pieces = np.empty((2, len(at)), dtype=agent.IOVEC)
-        pieces["length"] = np.diff(at, append=len(hvas)) * PAGE_SIZE
+        pieces["length"] = np.diff(edges) * PAGE_SIZE
         pieces["base"][0], pieces["base"][1] = out.ctypes.data + rows[at] * PAGE_SIZE, hvas[at]
         read_bytes = 0
         for first in range(0, len(at), syscalls.IOV_MAX):

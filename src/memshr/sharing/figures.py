@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.content.classes import Classes
-from memshr.content.overlap import overlap, run_starts
+from memshr.content.overlap import overlap
+from memshr.runs import run_starts
 from memshr.sharing.result import REASONS_TO_DROP, REASONS_TO_KEEP, DomainReport, PairReport, SharingReport
 from memshr.trust import Group
 from memshr.types import AuditReport, DomId, DomIds, Handles, PageArray

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.content.classes import BatchRows, Classes
-from memshr.content.overlap import run_starts
+from memshr.runs import run_starts
 from memshr.types import DomIds, Handles
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from memshr.content.fingerprint import FingerprintPages, Fingerprints
 from memshr.errors import NotSharableError, Status
 from memshr.hypervisor import NOT_BACKED, Hypervisor, error_of
+from memshr.runs import consecutive
 from memshr.types import DomId, Gfn, Gfns, PageArray, PageBytes, page_buffer
 
 _SCATTERED_RUN_PAGES = 256
@@ -112,11 +113,11 @@ class Scanner:
         return Scan(gfns, fingerprints, readable)
 
     def _scan_batch(self, domid: DomId, gfns: Gfns, fingerprints: Fingerprints, readable: NDArray[np.bool_]) -> None:
-        breaks = (np.flatnonzero(np.diff(gfns) != 1) + 1).tolist()
-        if len(breaks) * _SCATTERED_RUN_PAGES > len(gfns):
+        edges = consecutive(gfns)
+        if (len(edges) - 2) * _SCATTERED_RUN_PAGES > len(gfns):
             self._scan_scattered(domid, gfns, fingerprints, readable)
             return
-        for first, end in pairwise([0, *breaks, len(gfns)]):
+        for first, end in pairwise(edges.tolist()):
             try:
                 pages = self._hypervisor.read_range(domid, Gfn(int(gfns[first])), end - first, self._buffer)
             except NotSharableError:  # some page of the run is gone since the ranges were asked for: find out which

@@ -42,7 +42,6 @@ from memshr.content.fingerprint import (
     Fingerprints,
     universal_fingerprints,
 )
-from memshr.content.overlap import run_starts
 from memshr.errors import (
     CallError,
     DomainDyingError,
@@ -54,6 +53,7 @@ from memshr.errors import (
     Status,
 )
 from memshr.hypervisor import Capability, Hypervisor, error_of
+from memshr.runs import run_starts
 from memshr.sharing.figures import GroupFigures, sharing_report
 from memshr.sharing.plan import who_goes_where
 from memshr.sharing.result import SharingReport

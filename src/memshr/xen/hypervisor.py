@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from memshr import errors
 from memshr.errors import Status
 from memshr.hypervisor import Capability, error_of
+from memshr.runs import alike
 from memshr.types import (
     MAX_GFN_BITS,
     AuditReport,
@@ -712,7 +713,7 @@ class XenHypervisor:
         if not len(order):
             return
         ordered = handles[order]
-        bounds = np.concatenate([[0], np.flatnonzero(np.diff(ordered)) + 1, [len(ordered)]])
+        bounds = alike(ordered)
         old = (ordered[bounds[:-1]] <= self._newest_handle) | (np.diff(bounds) > 1)
         self._newest_handle = max(self._newest_handle, int(ordered[-1]))
         for run in np.flatnonzero(old).tolist():

@@ -14,10 +14,12 @@ import contextlib
 import ctypes
 import errno
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.runs import consecutive
 from memshr.types import MAX_GFN_BITS, PAGE_SIZE, Gfns, PageBytes, Statuses
 from memshr.xen import libxc
 from memshr.xen.connection import Connection
@@ -155,12 +157,9 @@ def _in_reach(gfns: Gfns) -> Statuses:
 def _copy_runs(address: int, statuses: Statuses, out: PageBytes, places: NDArray[np.intp]) -> None:
     # One memcpy for each run of pages that are mapped and go to rows in a row.
     good = np.flatnonzero(statuses == 0)
-    if not len(good):
-        return
-    breaks = np.flatnonzero((np.diff(good) != 1) | (np.diff(places[good]) != 1)) + 1
     base, stride = out.ctypes.data, out.strides[0]
-    for run in np.split(good, breaks):
-        first, count = int(run[0]), len(run)
+    for begin, end in pairwise(consecutive(good, places[good]).tolist()):
+        first, count = int(good[begin]), end - begin
         # SAFETY: pages first to first + count are mapped (their status is 0; a page that failed would fault), and out
         # is C-contiguous with at least places[...] + 1 rows of PAGE_SIZE bytes.
         ctypes.memmove(base + int(places[first]) * stride, address + first * PAGE_SIZE, count * PAGE_SIZE)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.runs import true_runs
 from memshr.types import Gfns
 from memshr.xen.mappings import BATCH_PAGES
 
@@ -71,8 +72,7 @@ class Search:
         first = block * BATCH_PAGES
         present = self._look(np.arange(first, min(first + BATCH_PAGES, self._highest + 1)))
         self.found_pages += int(np.count_nonzero(present))
-        edges = np.flatnonzero(np.diff(present, prepend=False, append=False)) + first
-        self._runs += zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+        self._runs += ((begin, end) for begin, end in (true_runs(present) + first).tolist())
         return bool(present.any())
 
     def _probed(self, first: int, end: int) -> Iterator[int]:
