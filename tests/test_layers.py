@@ -7,23 +7,25 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "memshr"
 
-FOUNDATION = {"types", "errors", "hypervisor", "runs"}
+FOUNDATION = {"types", "errors", "hypervisor", "runs", "closing"}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
     "runs": set(),
+    "closing": set(),
     "hypervisor": {"types", "errors"},
+    "unsupported": {"types", "errors", "hypervisor"},
     "pagesource": {"types", "errors"},
     "trust": {"types", "errors"},
     "record": {"errors"},
     "opened": set(),
     "privilege": {"errors"},
-    "procfs": {"types", "errors", "runs"},
+    "procfs": {"types", "errors", "runs", "closing"},
     "content": {"types", "runs"},
     "embedded": FOUNDATION,
-    "images": {"types", "errors", "runs", "pagesource", "procfs", "opened"},
-    "qemu": FOUNDATION | {"procfs"},
-    "xen": FOUNDATION,
+    "images": {"types", "errors", "runs", "closing", "pagesource", "procfs", "opened"},
+    "qemu": FOUNDATION | {"procfs", "unsupported"},
+    "xen": FOUNDATION | {"unsupported"},
     "opening": FOUNDATION | {"pagesource", "embedded", "images", "qemu", "xen"},
     "sharing": FOUNDATION | {"content", "trust"},
     "estimation": FOUNDATION | {"pagesource", "trust", "opened", "content", "qemu", "opening"},

@@ -20,12 +20,12 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.closing import Closing
 from memshr.errors import BackendError, ImageError, MemshrError, PermissionDeniedError, UnsupportedError
 from memshr.runs import alike, slices, true_runs
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, PageBytes
@@ -280,7 +280,7 @@ def _read_maps(pid: int) -> bytes:
     return b"".join(chunks)
 
 
-class ProcessMemory:
+class ProcessMemory(Closing):
     """The memory of one process, for reading. A context manager.
 
     :raises ImageError: there is no process ``pid``, or it has no memory of its own.
@@ -325,14 +325,6 @@ class ProcessMemory:
             return self._read("stat").rpartition(b")")[2].split()[0] in (b"Z", b"X")
         except OSError:
             return True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close what is open. Closing twice does nothing."""

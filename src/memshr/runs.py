@@ -68,3 +68,15 @@ def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
 def slices(edges: Edges) -> Iterator[slice]:
     """The runs as slices."""
     return (slice(begin, end) for begin, end in pairwise(edges.tolist()))
+
+
+def joined_ranges(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ranges in order, those that touch as one.
+
+    :param ranges: shape ``(n, 2)``: begin and end of each, none overlapping another, in any order.
+    :returns: shape ``(m, 2)``: first number and how many numbers, ascending, neither touching nor overlapping.
+    """
+    ordered = ranges[np.argsort(ranges[:, 0])]
+    edges = edges_at(ordered[1:, 0] != ordered[:-1, 1], len(ordered))
+    begins, ends = ordered[edges[:-1], 0], ordered[edges[1:] - 1, 1]
+    return np.stack([begins, ends - begins], axis=1)

@@ -58,3 +58,13 @@ def test_runs_of_true(mask: list[bool]) -> None:
 @pytest.mark.parametrize("dtype", [np.uint64, np.int32])
 def test_numbers_of_any_dtype(dtype: type[np.integer]) -> None:
     assert runs.consecutive(np.array([4, 5, 6, 9, 10, 20], dtype)).tolist() == [0, 3, 5, 6]
+
+
+@given(st.sets(st.integers(0, 30)))
+def test_ranges_that_touch_are_joined(members: set[int]) -> None:
+    pieces = [[number, number + 1] for number in sorted(members, key=lambda number: number * 7 % 31)]
+    found = runs.joined_ranges(np.array(pieces, np.int64).reshape(-1, 2))
+    mask = np.zeros(32, np.bool_)
+    mask[list(members)] = True
+    expected = runs.true_runs(mask)
+    assert found.tolist() == [[begin, end - begin] for begin, end in expected.tolist()]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.embedded.columns import CHUNK, CHUNK_BITS, Column
-from memshr.runs import true_runs
+from memshr.runs import joined_ranges, true_runs
 from memshr.types import MAX_GFN_BITS, P2mType
 
 TYPE_BITS = 4
@@ -115,13 +115,4 @@ class P2m:
         for pid, chunk in self.touched():
             ram = true_runs(_IS_RAM[chunk & TYPE_MASK]) + (pid - first_pid)
             bounds.extend((begin, end) for begin, end in ram.tolist())
-        bounds.sort()
-        runs: list[list[int]] = []
-        for start, end in bounds:
-            if runs and runs[-1][1] == start:
-                runs[-1][1] = end
-            else:
-                runs.append([start, end])
-        table = np.array(runs, np.int64).reshape(-1, 2)
-        table[:, 1] -= table[:, 0]
-        return table
+        return joined_ranges(np.array(bounds, np.int64).reshape(-1, 2))

@@ -7,12 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.closing import Closing
 from memshr.images.file import ZEROS, ImageFile, Layout, offset_goes_on
 from memshr.images.reading import MAP_NORESERVE, PageReader, mapped
 from memshr.pagesource import PageState, Rows
@@ -23,7 +22,7 @@ _FEW_PAGES = 8
 """Runs of fewer pages than that on average are not worth a read each."""
 
 
-class MemoryImage:
+class MemoryImage(Closing):
     """An open memory image: a context manager, and a ``PageSource`` (``pagesource.py``). ``open_image`` makes them.
 
     ``read_run`` and ``read`` copy pages out of the file, and a file that is cut short meanwhile is an ImageError.
@@ -58,14 +57,6 @@ class MemoryImage:
 
     def __repr__(self) -> str:
         return f"<MemoryImage {os.fspath(self.path)!r} {self.format}, {self.total_pages} pages>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def identity(self) -> tuple[int, int]:

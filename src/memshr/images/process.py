@@ -6,12 +6,10 @@ whenever it is asked. The process is not stopped, and nothing is done to it.
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.closing import Closing
 from memshr.errors import ImageError
 from memshr.images.capture import is_captured
 from memshr.pagesource import PageState, Rows
@@ -20,7 +18,7 @@ from memshr.runs import consecutive, slices
 from memshr.types import PAGE_SHIFT, PageBytes
 
 
-class ProcessSource:
+class ProcessSource(Closing):
     """The private memory of a process, as a ``PageSource`` (``pagesource.py``). A context manager.
 
     :raises ImageError: there is no such process, or it has no private memory.
@@ -45,14 +43,6 @@ class ProcessSource:
             self.close()
             raise
         self._ends = np.cumsum(self.ranges[:, 1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the process. Closing twice does nothing."""

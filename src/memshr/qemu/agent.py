@@ -35,12 +35,12 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.closing import Closing
 from memshr.errors import BackendError, ConnectionLostError, InvariantError, RefusedDomainError
 from memshr.qemu import syscalls
 from memshr.qemu.control_area import (
@@ -106,7 +106,7 @@ def is_linked(pid: int) -> bool:
     return busy
 
 
-class AgentLink:
+class AgentLink(Closing):
     """A connection with the agent of one QEMU, from ``open`` until ``close`` or our death.
 
     ``uffd`` is our copy of the userfaultfd of QEMU's memory, which has shaken hands already; ``features`` are what the
@@ -489,14 +489,6 @@ class AgentLink:
         self._table = _NO_TABLE  # the three keep the area mapped
         self.local_pieces = self.remote_pieces = np.empty(0, dtype=IOVEC)
         self.control.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 _NO_TABLE: Final = np.empty((0, 8), dtype=np.uint64)

@@ -18,11 +18,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final, NoReturn
+from typing import ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.closing import Closing
 from memshr.errors import (
     BackendError,
     ConnectionLostError,
@@ -33,7 +34,6 @@ from memshr.errors import (
     RefusedDomainError,
     SharingDisabledError,
     Status,
-    UnsupportedError,
 )
 from memshr.hypervisor import NOT_BACKED, Capability, error_of
 from memshr.qemu import pagemap
@@ -57,15 +57,14 @@ from memshr.types import (
     DomainInfo,
     DomId,
     Gfn,
-    GrantRef,
     Handle,
     Handles,
     PageArray,
     PageBytes,
-    RingRequest,
     Statuses,
     page_buffer,
 )
+from memshr.unsupported import UnsupportedCalls
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ DEFAULT_RESERVE_BYTES: Final = 256 << 20
 """Memory of the host that sharing and unsharing leave alone."""
 
 
-class QemuHypervisor:
+class QemuHypervisor(UnsupportedCalls, Closing):
     """Some running QEMU guests as a ``memshr.hypervisor.Hypervisor``. A context manager.
 
     Opening looks only; the first nomination of a guest's page, or ``control``, attaches to the guest. ``close`` ends
@@ -92,6 +91,14 @@ class QemuHypervisor:
     :raises RefusedDomainError: another memshr has a guest in hand.
     :raises BackendError: a guest's monitor cannot be used.
     """
+
+    WHY_NOT: ClassVar = {
+        Capability.GREF: "QEMU guests have no grant tables",
+        Capability.PHYSMAP: "a QEMU guest's address space is laid out by QEMU",
+        Capability.RANGE: "the contents of running guests must be compared",
+        Capability.RING: "Linux has its own ways of being out of memory",
+        Capability.FORK: "QEMU cannot fork a guest",
+    }
 
     def __init__(
         self,
@@ -114,12 +121,6 @@ class QemuHypervisor:
         self._remapping = Remapping(self._books)
         for guest in self._books.guests:
             guest.on_lost = self._on_lost
-
-    def __enter__(self) -> QemuHypervisor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End all nominations and links, close every file. What is shared stays shared.
@@ -995,70 +996,6 @@ class QemuHypervisor:
     def _check_watches(self) -> None:
         if self._defect is not None:
             raise InvariantError("a write watch has failed") from self._defect
-
-    # -- what Linux has not ----------------------------------------------------------------------------------------
-
-    def nominate_gref(self, domid: DomId, ref: GrantRef) -> Handle:
-        """Unsupported: QEMU guests have no grant tables."""
-        self._unsupported("nominate_gref")
-
-    def share_grefs(
-        self,
-        source_domid: DomId,
-        source_ref: GrantRef,
-        source_handle: Handle,
-        client_domid: DomId,
-        client_ref: GrantRef,
-        client_handle: Handle,
-    ) -> None:
-        """Unsupported: QEMU guests have no grant tables."""
-        self._unsupported("share_grefs")
-
-    def debug_gref(self, domid: DomId, ref: GrantRef) -> int:
-        """Unsupported: QEMU guests have no grant tables."""
-        self._unsupported("debug_gref")
-
-    def add_to_physmap(
-        self, source_domid: DomId, source_gfn: Gfn, source_handle: Handle, client_domid: DomId, client_gfn: Gfn
-    ) -> None:
-        """Unsupported: a QEMU guest's address space is laid out by QEMU."""
-        self._unsupported("add_to_physmap")
-
-    def range_share(self, source_domid: DomId, client_domid: DomId, first: Gfn, last: Gfn) -> None:
-        """Unsupported: on running guests contents must be compared."""
-        self._unsupported("range_share")
-
-    def ring_enable(self, domid: DomId) -> int:
-        """Unsupported: Linux has its own ways of being out of memory."""
-        self._unsupported("ring_enable")
-
-    def ring_disable(self, domid: DomId) -> None:
-        """Unsupported, as ring_enable."""
-        self._unsupported("ring_disable")
-
-    def ring_requests(self, domid: DomId) -> Sequence[RingRequest]:
-        """Unsupported, as ring_enable."""
-        self._unsupported("ring_requests")
-
-    def ring_respond(self, domid: DomId, count: int | None = None) -> None:
-        """Unsupported, as ring_enable."""
-        self._unsupported("ring_respond")
-
-    def domain_resume(self, domid: DomId) -> None:
-        """Unsupported, as ring_enable."""
-        self._unsupported("domain_resume")
-
-    def fork(self, parent: DomId, child: DomId) -> None:
-        """Unsupported: QEMU cannot fork a guest."""
-        self._unsupported("fork")
-
-    def fork_reset(self, child: DomId, *, state: bool = False, memory: bool = False) -> None:
-        """Unsupported: QEMU cannot fork a guest."""
-        self._unsupported("fork_reset")
-
-    @staticmethod
-    def _unsupported(call: str) -> NoReturn:
-        raise UnsupportedError(f"{call}: not possible on QEMU guests")
 
 
 def _one(domid: DomId, gfn: Gfn) -> PageArray:

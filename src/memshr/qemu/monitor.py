@@ -34,9 +34,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
+from memshr.closing import Closing
 from memshr.errors import BackendError, ConnectionLostError, PermissionDeniedError, UnsupportedError, printable
 
 GREETING_DEADLINE_S = 3.0
@@ -120,7 +120,7 @@ class Answer:
         return value
 
 
-class Monitor(abc.ABC):
+class Monitor(Closing):
     """A way to QEMU's monitor. A context manager; hangs up at the end.
 
     Every method that asks QEMU something raises these:
@@ -250,14 +250,6 @@ class Monitor(abc.ABC):
         ``bdrv_drain_all_begin`` of ``block/io.c``, which does nothing while a guest is replayed.
         """
         self.execute("transaction", {"actions": []}, deadline_s=deadline_s)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def parsed(line: bytes | bytearray) -> dict[str, object]:

@@ -18,13 +18,13 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memshr import errors
+from memshr.closing import Closing
 from memshr.errors import Status
 from memshr.hypervisor import Capability, error_of
 from memshr.runs import alike
@@ -44,6 +44,7 @@ from memshr.types import (
     RingRequest,
     Statuses,
 )
+from memshr.unsupported import UnsupportedCalls
 from memshr.xen import libxc
 from memshr.xen.audit import PATIENCE_S, Auditor
 from memshr.xen.connection import Connection, HostFacts
@@ -68,7 +69,7 @@ _HANDLE_CALLS = frozenset({"share_gfns", "share_grefs", "add_to_physmap"})
 _NO_SHARING = (errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class XenHypervisor:
+class XenHypervisor(UnsupportedCalls, Closing):
     """A Xen host, driven from its control domain; implements ``memshr.hypervisor.Hypervisor``.
 
     Use one object from one thread. Every call is at least one hypercall; the many-page forms spare the Python around
@@ -76,6 +77,11 @@ class XenHypervisor:
 
     :param connection: open, and checked by ``connect``; it is closed with this object.
     """
+
+    WHY_NOT: ClassVar = {
+        Capability.FRAMES: "Xen does not tell dom0 which frame a page is on",
+        Capability.ZERO: "Xen has no such call; share zero pages like others",
+    }
 
     def __init__(self, connection: Connection, names: Names | None = None) -> None:
         self._connection = connection
@@ -116,14 +122,6 @@ class XenHypervisor:
             f"memory sharing cannot be asked about: {os.strerror(number)}",
             remedy="run in dom0; if XSM is on, its policy must allow memory sharing",
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the libraries' handles. Nothing of the host depends on them: what is shared stays shared."""
@@ -306,10 +304,6 @@ class XenHypervisor:
     def huge(self, pages: PageArray) -> NDArray[np.bool_]:
         """See the seam: Xen does not tell dom0 which of a domain's pages are parts of superpages."""
         return np.zeros(len(pages), np.bool_)
-
-    def frames_of(self, pages: PageArray) -> NDArray[np.int64]:
-        """Unsupported: Xen tells how many share a page's frame, not which frame it is."""
-        raise errors.UnsupportedError("frames_of: Xen does not tell dom0 which frame a page is on")
 
     def read_range(self, domid: DomId, first: Gfn, count: int, buffer: PageBytes) -> PageBytes:
         """See the seam: a copy in ``buffer``, through one mapping for BATCH_PAGES pages.
@@ -743,10 +737,6 @@ class XenHypervisor:
         )
         self._tell("unshare_gfns", statuses)
         return statuses
-
-    def release_zero_pages(self, pages: PageArray, handles: Handles) -> Statuses:
-        """See the seam: Xen has no such call. :raises UnsupportedError: always."""
-        raise errors.UnsupportedError("release_zero_pages is no call of Xen's", remedy="share zero pages like others")
 
     # -- events and forks --------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.runs import true_runs
+from memshr.runs import joined_ranges, true_runs
 from memshr.types import Gfns
 from memshr.xen.mappings import BATCH_PAGES
 
@@ -95,12 +95,4 @@ class Search:
                     neighbour += direction
 
     def _merged(self) -> NDArray[np.int64]:
-        runs: list[list[int]] = []
-        for start, end in sorted(self._runs):
-            if runs and runs[-1][1] == start:
-                runs[-1][1] = end
-            else:
-                runs.append([start, end])
-        table = np.array(runs, np.int64).reshape(-1, 2)
-        table[:, 1] -= table[:, 0]
-        return table
+        return joined_ranges(np.array(self._runs, np.int64).reshape(-1, 2))
