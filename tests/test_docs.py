@@ -1,6 +1,8 @@
 """Documents tell the truth: every example prints what it says, and the tables name what is there."""
 
 import doctest
+import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -127,3 +129,20 @@ def test_every_actor_of_the_table_has_its_test() -> None:
     for name in named - set(tests):  # named with their file
         (file,) = re.findall(rf"`(tests/[\w/]+\.py)`: `{name}`", table)
         assert f"def {name}(" in (PROJECT / file).read_text()
+
+
+def public_names() -> dict[str, set[str]]:
+    """Module -> names, by the table of docs/python.md."""
+    rows = re.findall(r"^\| `(memshr[\w.]*)` \| (.*) \|$", (PROJECT / "docs" / "python.md").read_text(), re.M)
+    return {module: set(re.findall(r"`(\w+)`", names)) for module, names in rows}
+
+
+@pytest.mark.parametrize("module", public_names())
+def test_public_names_are_those_of_the_document(module: str) -> None:
+    public = importlib.import_module(module)
+    assert set(public.__all__) == public_names()[module]
+    for name in public.__all__:
+        value = getattr(public, name)
+        assert inspect.getdoc(value) or not (inspect.isclass(value) or inspect.isfunction(value)), (
+            f"{name}: no docstring"
+        )

@@ -32,6 +32,29 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
+__all__ = [
+    "BackendError",
+    "BusyPageError",
+    "CallError",
+    "ConnectionLostError",
+    "DomainDyingError",
+    "DomainError",
+    "HostMemoryError",
+    "ImageError",
+    "InvariantError",
+    "MemshrError",
+    "NoSuchDomainError",
+    "NotSharableError",
+    "PageError",
+    "PermissionDeniedError",
+    "RefusedDomainError",
+    "SharingDisabledError",
+    "Side",
+    "StaleHandleError",
+    "Status",
+    "UnsupportedError",
+]
+
 Side = Literal["source", "client"]
 
 

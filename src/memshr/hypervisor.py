@@ -42,6 +42,13 @@ from memshr.types import (
     Statuses,
 )
 
+__all__ = [
+    "NOT_BACKED",
+    "Capability",
+    "Hypervisor",
+    "error_of",
+]
+
 
 class Capability(enum.StrEnum):
     """What a mechanism can do beyond sharing plain gfns. A call outside its capabilities raises UnsupportedError."""

@@ -16,6 +16,13 @@ from numpy.typing import NDArray
 
 from memshr.types import DomId, PageBytes
 
+__all__ = [
+    "PageSource",
+    "PageState",
+    "Rows",
+    "Subject",
+]
+
 Rows = NDArray[np.int64]
 """Numbers of pages of a source, from 0 on along its ranges."""
 

@@ -29,6 +29,15 @@ from memshr.errors import Status
 from memshr.hypervisor import NOT_BACKED, Capability, Hypervisor
 from memshr.types import PAGE_SIZE, DomId, Gfn, GrantRef, Handle, P2mType, PageArray
 
+__all__ = [
+    "CONTRACT",
+    "FAULTS",
+    "ContractError",
+    "GuestHost",
+    "GuestModel",
+    "check_hypervisor",
+]
+
 
 class GuestHost(Protocol):
     """A hypervisor with two guests that the kit may play."""

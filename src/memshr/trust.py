@@ -13,6 +13,13 @@ from dataclasses import dataclass, field
 from memshr.errors import MemshrError
 from memshr.types import DomId
 
+__all__ = [
+    "EVERY_DOMAIN",
+    "Group",
+    "GroupError",
+    "trust_groups",
+]
+
 EVERY_DOMAIN = "all"
 
 

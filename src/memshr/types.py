@@ -14,6 +14,31 @@ from typing import NewType
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "HUGE_PAGE_PAGES",
+    "PAGE_SHIFT",
+    "PAGE_SIZE",
+    "AuditFinding",
+    "AuditReport",
+    "Counters",
+    "DomId",
+    "DomIds",
+    "DomainInfo",
+    "DomainKind",
+    "Extent",
+    "Gfn",
+    "Gfns",
+    "GrantRef",
+    "Handle",
+    "Handles",
+    "Mfn",
+    "P2mType",
+    "PageArray",
+    "PageBytes",
+    "RingRequest",
+    "Statuses",
+]
+
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 """Bytes in a page. Sharing works on 4 KiB pages only, on Xen and on Linux alike; larger pages are split first."""

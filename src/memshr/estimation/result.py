@@ -27,6 +27,23 @@ from memshr import opened
 from memshr.errors import MemshrError
 from memshr.types import Counters, DomId, Gfn
 
+__all__ = [
+    "SCHEMA",
+    "VERSION",
+    "Achievable",
+    "Bounds",
+    "Content",
+    "CopiesBand",
+    "DomainEstimate",
+    "Estimate",
+    "GroupEstimate",
+    "Method",
+    "PairEstimate",
+    "Place",
+    "Sample",
+    "read_estimate",
+]
+
 SCHEMA = "memshr-estimate"
 VERSION = 2
 

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from memshr.qemu.guests import GuestProcess
     from memshr.qemu.hypervisor import QemuHypervisor
 
+__all__ = [
+    "open_guests",
+    "select_guests",
+]
+
 _log = logging.getLogger(__name__)
 
 

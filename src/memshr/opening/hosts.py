@@ -12,6 +12,10 @@ from memshr.opening.guests import open_guests, select_guests
 from memshr.opening.images import open_images
 from memshr.opening.xen import open_xen
 
+__all__ = [
+    "open_host",
+]
+
 
 @contextlib.contextmanager
 def open_host(uri: str) -> Iterator[Hypervisor]:

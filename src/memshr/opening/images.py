@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from memshr.embedded import EmbeddedHypervisor
     from memshr.images import MemoryImage
 
+__all__ = [
+    "open_images",
+]
+
 _log = logging.getLogger(__name__)
 
 

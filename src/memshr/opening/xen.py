@@ -16,6 +16,12 @@ from memshr.types import DomId
 if TYPE_CHECKING:
     from memshr.xen import XenHypervisor
 
+__all__ = [
+    "open_xen",
+    "select_domains",
+    "sharable_domains",
+]
+
 _log = logging.getLogger(__name__)
 
 

@@ -18,6 +18,14 @@ from typing import Any
 
 from memshr.types import AuditFinding, Counters, DomId
 
+__all__ = [
+    "REASONS_TO_DROP",
+    "REASONS_TO_KEEP",
+    "DomainReport",
+    "PairReport",
+    "SharingReport",
+]
+
 REASONS_TO_DROP = {
     "volatile": "changed between the two samples of a running guest",
     "not_sharable": "no plain RAM any more when it was nominated or read",

@@ -70,6 +70,12 @@ from memshr.types import (
     page_buffer,
 )
 
+__all__ = [
+    "SharingOptions",
+    "SharingProgress",
+    "share",
+]
+
 Mask = NDArray[np.bool_]
 
 _log = logging.getLogger(__name__)
