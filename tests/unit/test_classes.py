@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshr.content import classes as candidates
-from memshr.content.classes import classify, repeated
+from memshr.content.classes import classify, one_of_each, refined, repeated
 
 ALIKE = 5 << 60
 """Fingerprints that begin like each other: a sort by their top bits alone does not tell them apart."""
@@ -57,3 +57,15 @@ def test_memory_is_bounded_for_each_page() -> None:
     tracemalloc.stop()
     assert len(found) == 1 << 20
     assert peak <= 32 << 20
+
+
+def test_one_row_of_each_class_and_key() -> None:
+    assert one_of_each(np.array([0, 0, 0, 1, 1]), np.array([7, 7, 9, 7, 8])).tolist() == [0, 2, 3, 4]
+    assert one_of_each(np.array([1, 0, 1, 0]), np.array([3, 3, 2, 3])).tolist() == [1, 2, 0]
+
+
+def test_classes_are_divided_by_a_second_key() -> None:
+    rows, classes = refined(np.array([0, 0, 0, 1, 1]), np.array([5, 6, 5, 5, 5]))
+    assert (rows.tolist(), classes.tolist()) == ([0, 2, 3, 4], [0, 0, 1, 1])
+    rows, classes = refined(np.array([0, 0]), np.array([1, 2]))
+    assert (rows.tolist(), classes.tolist()) == ([], [])

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.content.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprints
+from memshr.runs import run_starts
 
 Indices = NDArray[np.int64]
 """Indices of pages in the arrays of a scan."""
@@ -161,3 +162,38 @@ def _neighbours(
         same[max(first, 1) : first + _STRIDE] = equal
         mixed.append(np.flatnonzero(~equal & ((part[1:] ^ part[:-1]) <= low)) + max(first, 1))
     return same, np.concatenate(mixed) if mixed else np.empty(0, np.intp)
+
+
+def one_of_each(classes: Classes, keys: NDArray[np.integer]) -> Indices:
+    """The first row of each pair of class and key, in order of class, then of key.
+
+    :param classes: of each row, shape ``(n,)``; ``keys``: something that the rows of a class may have in common.
+
+    An example, with frames as keys::
+
+        class   0  0  0  1  1
+        frame   7  7  9  7  8
+        rows    0     2  3  4
+    """
+    order = np.lexsort((keys, classes))
+    return np.asarray(order[run_starts(classes[order]) | run_starts(keys[order])])
+
+
+def refined(classes: Classes, keys: NDArray[np.integer]) -> tuple[Indices, Classes]:
+    """Classes divided by a second key: the rows that still are with another one, and their new classes from 0 on.
+
+    :param classes: of each row, shape ``(n,)``; ``keys``: of each row, equal for rows that may be equal.
+    :returns: rows in order of class, then of key; ascending new classes, of the same shape.
+
+    An example::
+
+        class      0  0  0  1  1
+        key        5  6  5  5  5
+        rows       0  2  3  4       (row 1 is alone now)
+        new class  0  0  1  1
+    """
+    order = np.lexsort((keys, classes))
+    new = run_starts(classes[order]) | run_starts(keys[order])
+    alike = np.cumsum(new) - 1
+    several = np.bincount(alike)[alike] > 1
+    return order[several], np.cumsum(new[several]) - 1

@@ -33,7 +33,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from memshr.content.classes import BatchRows, Classes, Indices, classify, repeated
+from memshr.content.classes import BatchRows, Classes, Indices, classify, one_of_each, refined, repeated
 from memshr.content.fingerprint import (
     ZERO_PAGE_FINGERPRINT,
     Fingerprinter,
@@ -515,12 +515,12 @@ class _GroupSession:
         attempt = 0
         next_class = len(of_class)
         if scanned.frames is not None and len(rows):
-            rows, classes = self._unsettled(rows, classes, scanned.frames)
+            rows, classes = self._with_something_to_gain(rows, classes, scanned.frames)
             if 0 < len(rows) <= self._batch_pages and self._zero_content is None:
-                rows, classes, old_classes = self._told_apart(rows, classes, of_class[classes], next_class)
+                rows, classes, old_classes = self._alike_on_a_second_look(rows, classes, of_class[classes], next_class)
                 of_class = np.concatenate([of_class, of_class[old_classes]])
                 next_class = len(of_class)
-                rows, classes = self._unsettled(rows, classes, scanned.frames)
+                rows, classes = self._with_something_to_gain(rows, classes, scanned.frames)
             advance(len(scanned) - len(rows))
         del scanned
         live = Capability.LIVE in self._hypervisor.capabilities
@@ -547,36 +547,48 @@ class _GroupSession:
             next_class += int(again.classes[-1]) + 1 if len(again) else 0
             self._contents[rows] = _NOT_REACHED
 
-    def _unsettled(self, rows: Indices, classes: Classes, frames: NDArray[np.int64]) -> tuple[Indices, Classes]:
-        # Those of the candidates ``rows``, with their classes, that have something to gain. Nothing to gain have those
-        # whose class is on no more frames than max_sharers asks for, a page without one counted as one, and all of
-        # these hold the same bytes. A frame's contents cannot change, so there is nothing to nominate. ``frames`` has
-        # those of all candidates.
+    def _with_something_to_gain(
+        self, rows: Indices, classes: Classes, frames: NDArray[np.int64]
+    ) -> tuple[Indices, Classes]:
+        # Those of the candidates ``rows``, with their classes, that may share more than they do. ``frames`` has the
+        # frames of all candidates. A class is settled, and left out, if
+        # 1. its pages are on no more frames than max_sharers asks for, and
+        # 2. all of these frames hold the same bytes. A frame's contents cannot change, so nothing need be nominated.
+        #
+        #     max_sharers 4    pages   a b c d e    on frames   X X X X Y    2 frames, 2 needed: settled if X equals Y
+        #                              f g h                    X - -        3 frames, 1 needed: something to gain
+        #
+        # A page without a frame counts as one.
         frames = np.where(frames[rows] < 0, rows | _ALONE, frames[rows])
-        order = np.lexsort((frames, classes))
-        first = run_starts(classes[order]) | run_starts(frames[order])  # of each class and frame
-        ones = order[first]
+        ones = one_of_each(classes, frames)
         needed = -(-np.bincount(classes) // self._options.max_sharers)
         settled = np.bincount(classes[ones], minlength=len(needed)) <= needed
-        ones = ones[(settled & (needed > 1))[classes[ones]]]
-        reference = _Reference(-1, np.zeros(PAGE_SIZE // 8, np.uint64))
-        for begin in range(0, len(ones), self._batch_pages):
-            some = ones[begin : begin + self._batch_pages]
-            statuses = self._hypervisor.read_pages(self._pages[rows[some]], self._buffer)
-            equal = _equal_to_reference(self._buffer[: len(some)].view(np.uint64), classes[some], reference)
-            settled[classes[some[~equal | (statuses != Status.OK)]]] = False
+        to_compare = ones[(settled & (needed > 1))[classes[ones]]]
+        settled[classes[to_compare[~self._equal_in_class(rows[to_compare], classes[to_compare])]]] = False
         mask: Mask = settled[classes]
         self._contents[rows[mask]] = classes[mask]
         # Names for the frames, as good as handles where there are none: no handle is that large.
         self._frames[rows[mask]] = frames[mask].astype(np.uint64) | _FRAME_NAME
         return rows[~mask], classes[~mask]
 
-    def _told_apart(
+    def _equal_in_class(self, rows: Indices, classes: Classes) -> Mask:
+        # Which of these pages could be read and hold what the first page of their class holds. ``classes`` ascends.
+        equal = np.empty(len(rows), np.bool_)
+        reference = _Reference(-1, np.zeros(PAGE_SIZE // 8, np.uint64))
+        for begin in range(0, len(rows), self._batch_pages):
+            batch = slice(begin, min(begin + self._batch_pages, len(rows)))
+            statuses = self._hypervisor.read_pages(self._pages[rows[batch]], self._buffer)
+            words = self._buffer[: len(statuses)].view(np.uint64)
+            equal[batch] = _equal_to_reference(words, classes[batch], reference) & (statuses == Status.OK)
+        return equal
+
+    def _alike_on_a_second_look(
         self, rows: Indices, classes: Classes, scanned: Fingerprints, next_class: int
     ) -> tuple[Indices, Classes, Classes]:
-        # Of a few candidates, with the fingerprints that they had, those that are alike on a second look too, with new
-        # classes from ``next_class`` on, and the old class of each new one. Pages that only collide are the same ones
-        # in every session over the same guests: nothing of these is nominated for nothing.
+        # Reads a few candidates once more. Returns those that have not changed since they were scanned (``scanned`` are
+        # their fingerprints) and that have another page like them by a second hash, their new classes, from
+        # ``next_class`` on, and the old class of each new one. Without this look, pages that only collide would be
+        # nominated for nothing in every session over the same guests.
         statuses = self._hypervisor.read_pages(self._pages[rows], self._buffer)
         self._drop_by_status(self._pages[rows], statuses, _REASONS)
         self._contents[rows] = _OUT
@@ -587,13 +599,10 @@ class _GroupSession:
         (readable,) = np.nonzero(good & steady)
         first = np.maximum.accumulate(np.where(run_starts(classes), np.arange(len(classes)), 0))
         self._figures.collisions += int(np.count_nonzero((second != second[first])[readable]))
-        order = readable[np.lexsort((second[readable], classes[readable]))]
-        new = run_starts(classes[order]) | run_starts(second[order])
-        alike = np.cumsum(new) - 1
-        several = np.bincount(alike)[alike] > 1
-        order, new = order[several], new[several]
-        self._contents[rows[order]] = _NOT_REACHED
-        return rows[order], np.cumsum(new) - 1 + next_class, classes[order[new]]
+        alike, new_classes = refined(classes[readable], second[readable])
+        alike = readable[alike]
+        self._contents[rows[alike]] = _NOT_REACHED
+        return rows[alike], new_classes + next_class, classes[alike[run_starts(new_classes)]]
 
     def _wait_for_second_sample(self) -> None:
         rest_s = self._scanned_s + self._options.sample_interval_s - self._clock()
