@@ -60,6 +60,12 @@ def test_numbers_of_any_dtype(dtype: type[np.integer]) -> None:
     assert runs.consecutive(np.array([4, 5, 6, 9, 10, 20], dtype)).tolist() == [0, 3, 5, 6]
 
 
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 4)), max_size=6))
+def test_members_of_ranges(ranges: list[tuple[int, int]]) -> None:
+    firsts, counts = (np.array([each[side] for each in ranges], np.int64) for side in (0, 1))
+    assert runs.members(firsts, counts).tolist() == [first + at for first, count in ranges for at in range(count)]
+
+
 @given(st.sets(st.integers(0, 30)))
 def test_ranges_that_touch_are_joined(members: set[int]) -> None:
     pieces = [[number, number + 1] for number in sorted(members, key=lambda number: number * 7 % 31)]

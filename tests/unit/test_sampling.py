@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from memshr.errors import MemshrError
 from memshr.estimation.analysis import EstimateOptions, analyse
+from memshr.estimation.assembly import extrapolated
 from memshr.estimation.result import DomainEstimate, Estimate
 from memshr.estimation.sampling import SampleOptions, denominator_of, lower_weights, upper_weights
 from memshr.pagesource import PageState, Rows, Subject
-from memshr.types import PageBytes
+from memshr.types import DomId, PageBytes
 
 MAPPINGS = 63_482
 """What a domain may have, where a test does not say how many."""
@@ -182,3 +183,29 @@ def test_rates_that_are_none(text: str) -> None:
 
 def test_rate() -> None:
     assert denominator_of("1/64") == 64
+
+
+def test_a_domain_is_extrapolated_as_the_example_says() -> None:
+    seen = DomainEstimate(
+        domid=DomId(1),
+        name="a",
+        kind="image",
+        format="raw",
+        group="a",
+        total_pages=1000,
+        absent_pages=0,
+        hole_pages=0,
+        zero_pages=20,
+        unique_pages=68,
+        shared_pages=7,
+        intra_pages=3,
+        huge_pages=None,
+        mappings=0,
+        dropped={"volatile": 5, "not_sharable": 0},
+    )
+    found = extrapolated(seen, 1000, 100, 0.5, copies=80.0, copies_seen=6)
+    assert (found.zero_pages, found.dropped["volatile"], found.intra_pages) == (200, 50, 40)
+    assert found.shared_pages == 40 + round(4 * 80 / 6)
+    assert found.zero_pages + found.unique_pages + found.shared_pages + 50 == 1000
+    nothing_drawn = extrapolated(seen, 1000, 0, 0.5, copies=0.0, copies_seen=1)
+    assert (nothing_drawn.zero_pages, nothing_drawn.unique_pages) == (500, 496)

@@ -107,41 +107,8 @@ class Assembly:
         Domains get their part of what all save as the sample has it. What a limit of max_sharers costs is only in the
         lower bound.
         """
-        tally = self._tally
-        seen = [self._domain(number, 0) for number in range(len(self._population.subjects))]
-        pages_seen = np.bincount(self._population.subjects_of(drawn.rows), minlength=len(seen)).tolist()
-        zero_of_all = inference.zero_pages.figure / max(1, int(drawn.pages_of.sum()))
-        copies = inference.saved_pages.figure - inference.zero_pages.figure
-        copies_seen = max(1, int(tally.intra_pages.sum() + tally.inter_pages.sum()))
-        domains = []
-        for number, domain in enumerate(seen):
-            there, looked_at = int(drawn.pages_of[number]), pages_seen[number]
-            part = there / looked_at if looked_at else 0.0
-            dropped = {reason: int(pages * part) for reason, pages in domain.dropped.items()}
-            left = there - sum(dropped.values())
-            zero = min(
-                left, round((domain.zero_pages - domain.hole_pages) * part if looked_at else zero_of_all * there)
-            )
-            intra = min(left - zero, round(copies * domain.intra_pages / copies_seen))
-            shared = min(
-                left - zero, intra + round((domain.shared_pages - domain.intra_pages) * max(1.0, copies / copies_seen))
-            )
-            domains.append(
-                replace(
-                    domain,
-                    zero_pages=domain.hole_pages + zero,
-                    unique_pages=left - zero - shared,
-                    shared_pages=shared,
-                    intra_pages=intra,
-                    dropped=dropped,
-                )
-            )
-        groups = []
-        for number in range(len(self._groups.names)):
-            group = self._group(number, domains)
-            inter = round(copies * int(tally.inter_pages[number]) / copies_seen)
-            saved = group.zero_pages + group.intra_pages + inter
-            groups.append(replace(group, inter_pages=inter, saved_pages=saved))
+        domains = self._extrapolated_domains(drawn, inference)
+        groups = self._extrapolated_groups(domains, inference)
         zero_pages = sum(domain.zero_pages for domain in domains)
         saved_pages = sum(group.saved_pages for group in groups)
         shared_pages = sum(domain.shared_pages for domain in domains)
@@ -198,6 +165,32 @@ class Assembly:
             bounds=bounds,
         )
 
+    def _copies(self, inference: Inference) -> tuple[float, int]:
+        # How many copies there are in all, zero pages apart, and how many of them the sample has.
+        copies = inference.saved_pages.figure - inference.zero_pages.figure
+        seen = int(self._tally.intra_pages.sum() + self._tally.inter_pages.sum())
+        return copies, max(1, seen)
+
+    def _extrapolated_domains(self, drawn: Drawn, inference: Inference) -> list[DomainEstimate]:
+        seen = [self._domain(number, 0) for number in range(len(self._population.subjects))]
+        looked_at = np.bincount(self._population.subjects_of(drawn.rows), minlength=len(seen)).tolist()
+        zero_of_all = inference.zero_pages.figure / max(1, int(drawn.pages_of.sum()))
+        copies, copies_seen = self._copies(inference)
+        return [
+            extrapolated(domain, int(drawn.pages_of[number]), looked_at[number], zero_of_all, copies, copies_seen)
+            for number, domain in enumerate(seen)
+        ]
+
+    def _extrapolated_groups(self, domains: Sequence[DomainEstimate], inference: Inference) -> list[GroupEstimate]:
+        copies, copies_seen = self._copies(inference)
+        groups = []
+        for number in range(len(self._groups.names)):
+            group = self._group(number, domains)
+            inter = round(copies * int(self._tally.inter_pages[number]) / copies_seen)
+            saved = group.zero_pages + group.intra_pages + inter
+            groups.append(replace(group, inter_pages=inter, saved_pages=saved))
+        return groups
+
     def _bands(self) -> tuple[Counts, Counts, Counts]:
         return self._tally.band_contents, self._tally.band_pages, self._tally.band_saved
 
@@ -252,6 +245,37 @@ class Assembly:
                     )
                 )
         return pairs
+
+
+def extrapolated(
+    seen: DomainEstimate, pages: int, looked_at: int, zero_of_all: float, copies: float, copies_seen: int
+) -> DomainEstimate:
+    """One domain, from what the sample has of it. Its figures add up to ``pages``, besides absent pages and holes.
+
+    :param pages: how many of its pages might be drawn; ``looked_at``: how many of them were.
+    :param zero_of_all: the part of zero pages in all domains, for one of which no page was drawn.
+    :param copies: pages of all domains that could be saved, zero pages apart.
+    :param copies_seen: how many of these copies the sample has.
+
+    An example: of 1,000 pages 100 were looked at. 20 of them are zero, 5 volatile: so 200 and 50 of all. The sample has
+    6 copies, 3 of them inside this domain, and there are 80 copies in all: so 40 are inside this domain. A copy is seen
+    only if both pages are in the sample. That is why copies are not multiplied by ten as the others are.
+    """
+    part = pages / looked_at if looked_at else 0.0
+    dropped = {reason: int(count * part) for reason, count in seen.dropped.items()}
+    left = pages - sum(dropped.values())
+    zero = min(left, round((seen.zero_pages - seen.hole_pages) * part if looked_at else zero_of_all * pages))
+    intra = min(left - zero, round(copies * seen.intra_pages / copies_seen))
+    others = round((seen.shared_pages - seen.intra_pages) * max(1.0, copies / copies_seen))
+    shared = min(left - zero, intra + others)
+    return replace(
+        seen,
+        zero_pages=seen.hole_pages + zero,
+        unique_pages=left - zero - shared,
+        shared_pages=shared,
+        intra_pages=intra,
+        dropped=dropped,
+    )
 
 
 def _bounds(interval: Interval, known: int, figure: int) -> Bounds:

@@ -52,7 +52,7 @@ from memshr.qemu.pool import FramePool, files_of_pools
 from memshr.qemu.ram import GuestRam, Pages
 from memshr.qemu.tables import Kept, Table
 from memshr.qemu.target import Target
-from memshr.runs import alike, slices
+from memshr.runs import alike, members, slices
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
 
 _log = logging.getLogger(__name__)
@@ -400,11 +400,10 @@ class Attachment:
             starts = mappings.start[rows].astype(np.int64)
             lengths = (mappings.end[rows].astype(np.int64) - starts) >> PAGE_SHIFT
             first_frames = mappings.offset[rows].astype(np.int64) >> PAGE_SHIFT
-            inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             yield PoolMappings(
                 mappings[int(rows[0])],
-                np.repeat(starts, lengths) + inside * PAGE_SIZE,
-                np.repeat(first_frames, lengths) + inside,
+                members(starts >> PAGE_SHIFT, lengths) << PAGE_SHIFT,
+                members(first_frames, lengths),
             )
 
     def huge(self, pages: Pages) -> NDArray[np.bool_]:
@@ -761,6 +760,15 @@ class Attachment:
 
     def make_private(self, pages: Pages, filled: NDArray[np.bool_]) -> Steps:
         """Give protected pages memory of their own: copied beside, then moved into place.
+
+        Two runs of pages, the second of which was never touched::
+
+            guest RAM    [ a b ][ . ]        pages of pools, or of nobody
+            beside       [ a b ][   ]        1. mapped in one piece beside, with the flags that RAM had, and filled
+            guest RAM    [ a b ][   ]        2. each run moved over its place by mremap, in one step
+
+        The agent does this by one table. If it stops early, the runs before that are moved and the others are as they
+        were.
 
         :param pages: at most MOVED_PAGES, in at most BATCH_ENTRIES runs.
         :param filled: which of them have contents; the others become pages that were never touched.

@@ -34,6 +34,7 @@ from memshr.qemu.guests import GuestProcess
 from memshr.qemu.host import Host
 from memshr.qemu.pool import FramePool, fits_pool
 from memshr.qemu.states import PageIds, PageStates
+from memshr.runs import members
 from memshr.types import (
     PAGE_SIZE,
     AuditFinding,
@@ -183,8 +184,14 @@ class GuestBooks:
     def holders(self, frames: NDArray[np.int64]) -> PageIds:
         """Every page, ascending, at which one of these frames is mapped, be it read there or not.
 
-        Looked up in an index by frame and among the pages that were remapped since that was made: a search through all
-        pages of all guests for each batch would cost the square of their number.
+        There is an index of all pages by frame, and a list of the pages that were remapped since the index was made. A
+        search through all pages of all guests for each batch would cost the square of their number.
+
+        An example, frames 8 and 9 wanted::
+
+            frame of the index    7  8  8  9       page ids there    30  4  11  5
+            remapped since                         page ids          4, 40
+            looked at             4  11  5  40     of these, on frame 8 or 9 now: 5, 11, 40 (4 has left)
         """
         wanted = np.unique(frames)
         if not len(wanted):
@@ -196,8 +203,7 @@ class GuestBooks:
             self._remapped, self._remapped_pages = [], 0
         mapped, ids = self._by_frame
         first, end = (np.searchsorted(mapped, wanted, side) for side in ("left", "right"))
-        counts = end - first
-        rows = np.arange(int(counts.sum())) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        rows = members(first, end - first)
         found = np.unique(np.concatenate([ids[rows], *self._remapped]))
         return found[np.isin(self.frame[found], wanted)]
 
