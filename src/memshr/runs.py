@@ -70,12 +70,12 @@ def slices(edges: Edges) -> Iterator[slice]:
     return (slice(begin, end) for begin, end in pairwise(edges.tolist()))
 
 
-def members(firsts: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.int64]:
+def range_members(firsts: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.int64]:
     """The numbers of some ranges, one range after the other.
 
     :param firsts: the first number of each, shape ``(n,)``; ``counts``: how many numbers it has, of the same shape.
 
-    An example: ``members([5, 20], [3, 2])`` is ``[5, 6, 7, 20, 21]``.
+    An example: ``range_members([5, 20], [3, 2])`` is ``[5, 6, 7, 20, 21]``.
     """
     before = np.cumsum(counts) - counts
     numbers = np.arange(int(counts.sum()), dtype=np.int64)

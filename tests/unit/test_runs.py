@@ -63,7 +63,7 @@ def test_numbers_of_any_dtype(dtype: type[np.integer]) -> None:
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 4)), max_size=6))
 def test_members_of_ranges(ranges: list[tuple[int, int]]) -> None:
     firsts, counts = (np.array([each[side] for each in ranges], np.int64) for side in (0, 1))
-    assert runs.members(firsts, counts).tolist() == [first + at for first, count in ranges for at in range(count)]
+    assert runs.range_members(firsts, counts).tolist() == [first + at for first, count in ranges for at in range(count)]
 
 
 @given(st.sets(st.integers(0, 30)))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.content.fingerprint import ZERO_PAGE_FINGERPRINT, Fingerprints
-from memshr.runs import members, run_starts
+from memshr.runs import range_members, run_starts
 
 Indices = NDArray[np.int64]
 """Indices of pages in the arrays of a scan."""
@@ -140,7 +140,7 @@ def _in_order(fingerprints: Fingerprints) -> tuple[Indices, NDArray[np.bool_]]:
         tops = np.unique(keys[mixed] & ~low)
         starts, ends = np.searchsorted(keys, tops), np.searchsorted(keys, tops | low, side="right")
         lengths = ends - starts
-        places = members(starts, lengths)
+        places = range_members(starts, lengths)
         again = keys[places]
         keys[places] = again[np.argsort(fingerprints[again & low], kind="stable")]
         same, _ = _neighbours(fingerprints, keys, low)

@@ -52,7 +52,7 @@ from memshr.qemu.pool import FramePool, files_of_pools
 from memshr.qemu.ram import GuestRam, Pages
 from memshr.qemu.tables import Kept, Table
 from memshr.qemu.target import Target
-from memshr.runs import alike, members, slices
+from memshr.runs import alike, range_members, slices
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, DomId, Gfns, PageBytes
 
 _log = logging.getLogger(__name__)
@@ -402,8 +402,8 @@ class Attachment:
             first_frames = mappings.offset[rows].astype(np.int64) >> PAGE_SHIFT
             yield PoolMappings(
                 mappings[int(rows[0])],
-                members(starts >> PAGE_SHIFT, lengths) << PAGE_SHIFT,
-                members(first_frames, lengths),
+                range_members(starts >> PAGE_SHIFT, lengths) << PAGE_SHIFT,
+                range_members(first_frames, lengths),
             )
 
     def huge(self, pages: Pages) -> NDArray[np.bool_]:

@@ -34,7 +34,7 @@ from memshr.qemu.guests import GuestProcess
 from memshr.qemu.host import Host
 from memshr.qemu.pool import FramePool, fits_pool
 from memshr.qemu.states import PageIds, PageStates
-from memshr.runs import members
+from memshr.runs import range_members
 from memshr.types import (
     PAGE_SIZE,
     AuditFinding,
@@ -203,7 +203,7 @@ class GuestBooks:
             self._remapped, self._remapped_pages = [], 0
         mapped, ids = self._by_frame
         first, end = (np.searchsorted(mapped, wanted, side) for side in ("left", "right"))
-        rows = members(first, end - first)
+        rows = range_members(first, end - first)
         found = np.unique(np.concatenate([ids[rows], *self._remapped]))
         return found[np.isin(self.frame[found], wanted)]
 

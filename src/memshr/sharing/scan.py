@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from memshr.content.fingerprint import FingerprintPages, Fingerprints
 from memshr.errors import NotSharableError, Status
 from memshr.hypervisor import NOT_BACKED, Hypervisor, error_of
-from memshr.runs import consecutive, members
+from memshr.runs import consecutive, range_members
 from memshr.types import DomId, Gfn, Gfns, PageArray, PageBytes, page_buffer
 
 _SCATTERED_RUN_PAGES = 256
@@ -136,7 +136,7 @@ class Scanner:
 
 
 def _gfns(populated: NDArray[np.int64]) -> Gfns:
-    return members(populated[:, 0], populated[:, 1])
+    return range_members(populated[:, 0], populated[:, 1])
 
 
 def _strides(domid: DomId, gfns: Gfns) -> Iterator[tuple[slice, PageArray]]:
