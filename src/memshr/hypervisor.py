@@ -310,7 +310,7 @@ class Hypervisor(Protocol):
         """Initialise and enable the ring on which unsharing that lacks memory posts its gfn; returns its event port.
 
         Who enables it must serve it: take ``ring_requests``, make room, ``ring_respond``, ``domain_resume``. A vCPU
-        whose request nobody answers waits for ever.
+        whose request nobody answers never goes on.
 
         :raises RefusedDomainError: ENODEV: no HAP; EBUSY: it is enabled already; EOPNOTSUPP: no ring page was set up.
         """
@@ -329,7 +329,7 @@ class Hypervisor(Protocol):
     def ring_respond(self, domid: DomId, count: int | None = None) -> None:
         """Put responses to the ``count`` oldest requests into the ring; None: to all. ``domain_resume`` delivers them.
 
-        :raises RefusedDomainError: ENODEV: the ring is not enabled; EINVAL: there are not so many requests.
+        :raises RefusedDomainError: ENODEV: the ring is not enabled; EINVAL: the ring has fewer requests.
         """
 
     def domain_resume(self, domid: DomId) -> None:
@@ -414,7 +414,7 @@ _MEANINGS: dict[tuple[str, Status], tuple[type[errors.CallError], str]] = {
     ("ring_respond", Status.ENODEV): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),
     ("ring_respond", Status.EINVAL): (
         errors.RefusedDomainError,
-        "so many requests do not lie in the sharing ring of domain {domid}",
+        "the sharing ring of domain {domid} has fewer requests",
     ),
     ("set_log_dirty", Status.EINVAL): (errors.RefusedDomainError, "log-dirty mode of domain {domid} is on already"),
     ("ring_disable", Status.EINVAL): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),

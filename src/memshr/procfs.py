@@ -230,9 +230,9 @@ _MAPS_LINE = re.compile(
 )
 _VARYING = ("start", "end", "offset")
 _ALIKE_LINES = 256
-"""Fewer lines are sooner parsed one by one."""
+"""Fewer lines are parsed faster one by one."""
 _ALIKE_TRIES = 4
-"""Lines of one length that are like none of so many others are parsed one by one, however many they are."""
+"""How many lines of one length are tried as a pattern. Lines that match none of them are parsed one by one."""
 
 _DIGITS = np.full(256, 255, dtype=np.uint8)
 _DIGITS[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)

@@ -1,4 +1,4 @@
-"""The record of a run: what the modules of memshr say through ``logging``, kept and written for whoever looks later.
+"""The record of a run: what the modules of memshr say through ``logging``, kept and written for later.
 
 Every module logs under its own name (``logging.getLogger(__name__)``), so all of it is below ``memshr``. A program that
 imports memshr gets no handler but a ``NullHandler`` (see ``memshr.hypervisor``) and sets up its own, as with any

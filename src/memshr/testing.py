@@ -2,8 +2,8 @@
 
 ``check_hypervisor`` is the contract of ``memshr.hypervisor`` as a program. A mechanism that passes it can be put
 under the sharing session. Give it a ``GuestHost``: the hypervisor, two of its domains, and a way to play their guests.
-Every check leaves the host as it found it, but for the contents of the pages it was lent, so one pair of live guests
-can serve them all::
+Every check leaves the host as it found it, except for the contents of the pages that it may use. So one pair of live
+guests serves all checks::
 
     for check in CONTRACT:
         check(host)
@@ -51,7 +51,7 @@ class GuestHost(Protocol):
         """Two different domains of one trust group."""
 
     def gfns(self, domid: DomId) -> Sequence[Gfn]:
-        """At least eight gfns of a domain that the kit may write and share; plain RAM, not in a row necessarily."""
+        """At least eight gfns of a domain that the kit may write and share; plain RAM, in any place."""
 
     def hole(self, domid: DomId) -> Gfn:
         """A gfn of the domain with nothing behind it."""

@@ -94,7 +94,7 @@ def analyse(
 
     :param subjects: those without a domid get the numbers 1, 2, ... in this order; no two may have the same domid.
     :param new_seed: gives an unpredictable seed of ``fingerprint.SEED_BITS`` bits.
-    :param clock: seconds, from anywhere on. :param wait: waits for so many seconds.
+    :param clock: gives seconds; only differences count. :param wait: waits for a number of seconds.
     :param progress: called now and then, by any thread.
     :param fingerprinting: makes what fingerprints pages, from a seed; called by several threads at once.
     :raises MemshrError: a source is gone, cannot be read, or has changed although it is not live.

@@ -25,7 +25,7 @@ class Readers:
 
     :param threads: None: one for each core that this process may use, and MOST_THREADS at most.
     :param bytes_per_s: the rate; None: no limit.
-    :param clock: seconds, from anywhere on. :param wait: waits for so many seconds.
+    :param clock: gives seconds; only differences count. :param wait: waits for a number of seconds.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Readers:
         self._lock = threading.Lock()
 
     def before_reading(self, size_bytes: int) -> None:
-        """Wait until so many bytes may be read. May be called by several threads at once."""
+        """Wait until ``size_bytes`` may be read. Several threads may call it at once."""
         if self._bytes_per_s is None:
             return
         with self._lock:

@@ -152,7 +152,7 @@ class PairEstimate:
     """What two domains have in common, zero pages left out.
 
     * ``group``: their trust group; None if they are in different ones and so may not share.
-    * ``contents``: distinct contents that both have: so many pages the two save together beyond what each saves alone.
+    * ``contents``: distinct contents that both have: the pages that the two save beyond what each saves alone.
     * ``pages``: how many pages of the two hold these contents.
     """
 

@@ -136,7 +136,7 @@ def _copy(
     write: Callable[[int, PageBytes], None],
     progress: Callable[[int, int], None],
 ) -> int:
-    """Hand the runs, but for what cannot be read, to ``write``; returns how many pages that were."""
+    """Hand the runs to ``write``, without the pages that cannot be read; returns how many pages it was."""
     buffer = page_buffer(_BATCH_BYTES // PAGE_SIZE)
     total_bytes = int((runs[:, 1] - runs[:, 0]).sum())
     done_bytes = told_bytes = pages = 0

@@ -42,7 +42,7 @@ _HEAD_BYTES = 64
 
 _SPARED_PART = 20
 _SPARED_BYTES = 256 << 20
-"""Of a file system, unpacked pages leave at least one part in so many free, or so much, whichever is less."""
+"""Unpacked pages leave one twentieth of a file system free, or 256 MiB if that is less."""
 
 
 class Contents:

@@ -42,7 +42,7 @@ class MemoryImage(Closing):
         self._file, self._contents = file, layout.contents
         self.path = path
         self.name = path.name
-        """What reports call it; whoever opens several of one name gives them others."""
+        """What reports call it. Several images of one name are given longer ones when they are opened."""
         self.format = format_name
         self.runs = layout.runs
         """Where the pages are, dtype RUN: ascending in gfn, not overlapping, none empty."""

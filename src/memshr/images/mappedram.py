@@ -228,7 +228,7 @@ def _pages_below_hole(machine: str, ram_bytes: int) -> int:
 def _runs(file: ImageFile, block: _Block, first_gfn: int, below: int) -> NDArray[Any]:
     """The runs of one block.
 
-    :param below: so many of its pages begin at ``first_gfn``, the others at 4 GiB.
+    :param below: how many of its pages lie from ``first_gfn`` on; the others lie from 4 GiB on.
     """
     pages = block.used_bytes >> PAGE_SHIFT
     shift = (4 * _GIB >> PAGE_SHIFT) - below if below < pages else 0

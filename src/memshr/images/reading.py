@@ -28,7 +28,7 @@ _IOVEC = np.dtype([("base", np.uint64), ("length", np.uint64)])
 """struct iovec (bits/types/struct_iovec.h) where pointers have 64 bits."""
 
 _DENSE = 4
-"""A batch that covers at least one in so many of the pages between its first and its last is read ahead."""
+"""A batch is read ahead if it needs at least one in this many of the pages between its first and its last."""
 
 
 def _process_vm_readv() -> Any:

@@ -111,7 +111,7 @@ def domain_subjects(
 
 
 def unseen(name: str, domid: DomId, pages: int) -> str:
-    """What is said of a domain of which so many pages were not found."""
+    """What is said of a domain if some of its pages were not found; ``pages`` is how many."""
     return (
         f"domain {name} ({domid}): {pages:,} of its pages were not found in its address space, and are in no figure"
         " (a device model's rings are among them)"

@@ -8,7 +8,7 @@
 ``pool``        the frames: one sealed memory file for each trust group
 ``protection``  userfaultfd: a write to a protected page is told to us and waits
 ``pagemap``     what the kernel says about each page
-``status``      every guest of the host with what it shares, for whoever looks on
+``status``      every guest of the host with what it shares, for ``memshr status`` and ``top``
 ``lock``        one memshr at a time for each guest
 ``attachment``  one guest whose pages can be protected and remapped
 ``books``       who is on which frame, as the kernel says; figures and audit

@@ -144,7 +144,7 @@ def carry_out(works: Iterable[Steps]) -> list[int]:
                 number, steps, _ = waiting.pop(fileno)
                 go_on(number, steps)
     except BaseException:
-        # Tables are under way that nobody will hear of: whoever posted them must know, before anything is let go.
+        # Tables are under way that nobody waits for any more. Their callers must know before anything is let go.
         for _, steps, _ in waiting.values():
             steps.close()
         raise
@@ -191,7 +191,7 @@ class Attachment:
         self.why: BaseException | None = None
         """why it is lost, or could not be attached"""
         self.on_lost: Callable[[Attachment], None] = lambda _: None
-        """called when a link is given up: whoever has books about it forgets them"""
+        """called when a link is given up: books about the guest are to be forgotten"""
         self._giving_up = threading.Lock()
         self._kept: list[Kept] = []
         self._policies: list[tuple[int, bytes]] = []

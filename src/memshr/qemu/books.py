@@ -55,7 +55,7 @@ NOWHERE: Final = -1
 _FEW_PAGES: Final = 1 << 16
 """So many pages may always be remapped before the index by frame is made anew; more if it is large."""
 _SPARSE: Final = 16
-"""Numbers of a range that is so many times as large as they are many are sooner sorted than counted."""
+"""If the largest number is more than this many times the count of the numbers, sorting them is faster than counting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class GuestBooks:
                 self._by_frame = None
 
     def holders(self, frames: NDArray[np.int64]) -> PageIds:
-        """Every page, ascending, at which one of these frames is mapped, be it read there or not.
+        """Every page, ascending, at which one of these frames is mapped, also if the guest has a copy there.
 
         There is an index of all pages by frame, and a list of the pages that were remapped since the index was made. A
         search through all pages of all guests for each batch would cost the square of their number.
@@ -389,7 +389,7 @@ class GuestBooks:
         """Whether every QEMU that reads a pool, or may be about to, is one that we have a link with: only then may
         frames be added or given back.
 
-        It stays so while the links last: a memshr finds a pool only in a guest that it has in hand. Judged anew
+        It stays so while the links last: a memshr finds a pool only in a guest that it has in hand. It is judged again
         whenever there are other links than before. A guest in which we have only looked may be in somebody else's
         hand, who knows the pool from there even while nothing of it is mapped.
         """

@@ -503,7 +503,7 @@ class ControlArea:
         """Whether a memshr has a link with the agent, or has died just now: the agent needs a moment to see it."""
         offered = self.get(OFFER_AT, "<i")[0] != -1
         if offered:
-            syscalls.futex_wake(self.word_address(OFFER_AT))  # whoever offered may have died before it could do that
+            syscalls.futex_wake(self.word_address(OFFER_AT))  # the memshr that offered it may have died before
         return offered or self.slots[0] != -1
 
     def word_address(self, offset: int) -> int:

@@ -62,7 +62,7 @@ _RESOLVE_TRIES = 16
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One reason why memshr leaves a guest alone, and what would change it; printable whoever's words are in it."""
+    """One reason why memshr leaves a guest alone, and what would change it. Both are printable, also words of QEMU."""
 
     reason: str
     remedy: str

@@ -88,7 +88,7 @@ class QemuHypervisor(UnsupportedCalls, Closing):
     :param reserve_bytes: sharing and unsharing stop before the host's MemAvailable falls below this.
     :param host: the machine that they run on; this one, unless a test has another.
     :raises NoSuchDomainError: a guest has ended, or ``groups`` names one that is not there.
-    :raises RefusedDomainError: another memshr has a guest in hand.
+    :raises RefusedDomainError: another memshr is at work on a guest.
     :raises BackendError: a guest's monitor cannot be used.
     """
 
@@ -725,7 +725,7 @@ class QemuHypervisor(UnsupportedCalls, Closing):
                     self._chosen_pool[group, owner] = number
                     return
             if attempt == 1:
-                self._attach_readers()  # perhaps it is for want of a link with one of them
+                self._attach_readers()  # perhaps only because there is no link with one of them
         self._books.pools.append(PoolBooks(self._host.create_pool(group, owner)))
         self._chosen_pool[group, owner] = len(self._books.pools) - 1
 
@@ -902,7 +902,7 @@ class QemuHypervisor(UnsupportedCalls, Closing):
             self._try_attach(guest)
 
     def _attach_readers(self) -> None:
-        # Have a link with all guests that could be: for want of one with a reader of it no pool is whole.
+        # Open a link with each guest that may read a pool: a pool has all its readers only if each of them is linked.
         for guest in self._books.guests:
             if not guest.gone:
                 with contextlib.suppress(DomainError):

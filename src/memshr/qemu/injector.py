@@ -47,7 +47,7 @@ from memshr.qemu.tracee import (
 )
 
 REQUEST_DEADLINE_S: Final = 8.0
-"""An alarm ends us when a request takes longer: reading QEMU's memory can wait for ever if QEMU wills it so."""
+"""An alarm ends us when a request takes longer: QEMU can make a read of its memory last for ever."""
 REQUEST_MOST_BYTES: Final = 1 << 14
 
 _WITHOUT_FILTER: Final = "start QEMU without -sandbox (libvirt: seccomp_sandbox = 0 in /etc/libvirt/qemu.conf)"

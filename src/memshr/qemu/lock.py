@@ -1,7 +1,7 @@
 """One memshr at a time for each guest: a lock that ends with its holder and tells who that is.
 
 A POSIX record lock on one byte of ``/run/memshr.lock``, the byte whose number is the guest's pid: the kernel gives it
-up when the holder dies, keeps no state besides, and names the holder to whoever asks.
+up when the holder dies, leaves nothing else behind, and tells who holds it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class GuestLock:
 
 
 def holder_of(pid: int) -> int | None:
-    """The process that has the lock of a guest; None if nobody has.
+    """The process that holds the lock of a guest; None if no process does.
 
     :raises PermissionDeniedError: /run/memshr.lock cannot be opened.
     """

@@ -61,7 +61,7 @@ class Target:
         return self.process.pid
 
     def has_ended(self) -> bool:
-        """Whether the process has exited, be it reaped or not, or has become another program."""
+        """Whether the process has exited, reaped or not, or has become another program."""
         ready = select.poll()
         ready.register(self._pidfd, select.POLLIN)
         return bool(ready.poll(0)) or not self.process.running

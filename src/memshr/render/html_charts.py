@@ -62,10 +62,10 @@ NAME_LETTERS = 24
 """Letters of a domain's name that a plot shows; tooltips and tables have the whole of it."""
 
 NAMED_COLUMNS = 6
-"""Up to so many domains the columns of the matrix carry names; beyond that, domids."""
+"""With more domains than this the columns of the matrix have domids instead of names."""
 
 NUMBERED_CELLS = 14
-"""Up to so many domains the fields of the matrix carry their figures; beyond that, the tooltips do."""
+"""With more domains than this the fields of the matrix have their figures in tooltips only."""
 
 
 @dataclass(frozen=True, slots=True)

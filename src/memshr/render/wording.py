@@ -11,7 +11,7 @@ __all__ = ["Unit", "mib", "percent", "printable"]
 
 
 def percent(part: int, whole: int) -> str:
-    """``part`` of ``whole`` in percent; what is not nothing does not become 0, nor what is not all 100."""
+    """``part`` of ``whole`` in percent; only nothing is 0%, and only everything is 100%."""
     if not whole or not part:
         return "0%"
     share = 100 * part / whole
@@ -40,7 +40,7 @@ class Unit:
 
     @classmethod
     def of(cls, pages: int) -> Unit:
-        """One in which so many pages are a number that people can read."""
+        """The unit in which a number of pages is easy to read."""
         size = pages * PAGE_SIZE
         for name, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20)):
             if size >= 1 << shift:

@@ -120,7 +120,7 @@ class GroupFigures:
         ]
 
     def close(self, *, reached: bool) -> None:
-        """Count what was not reached, and what of domains that are gone is no figure any more."""
+        """Count the pages that were not reached, and take those of domains that are gone out of the figures."""
         for figures in self.domains.values():
             if figures.refusal:
                 figures.absent_pages = figures.zero_pages = 0

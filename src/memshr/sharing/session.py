@@ -14,7 +14,7 @@ no two pages shared that differ, and no page be left nominated that shares with 
    another trust group now.
 5. What this session nominated and could not share is taken back, whatever happens: also when an exception strikes
    between the hypervisor's answer and our noting it down. So no handle is needed for it: the pages of a batch are known
-   before they are nominated, and whoever of them is alone on a frame afterwards is unshared.
+   before they are nominated. Those that are alone on a frame afterwards are unshared.
 
 Fresh nominations are told from old ones by their handles: a new handle is greater than any before it. With no page
 shared at the start, all are new; else one page that is not shared is nominated first to see where new handles begin; if
@@ -134,7 +134,8 @@ def share(
 
     :param groups: no domain may be in two of them.
     :param wait: called with seconds to wait between two samples of running guests; never called on other mechanisms.
-    :param clock: seconds, from anywhere on: what is done between the two samples counts as waiting.
+    :param clock: gives seconds; only differences count. The time that work takes between the two samples counts as
+        waiting.
     :param progress: called after each batch.
     :param fingerprinting: makes what fingerprints pages, from a group's seed; Fingerprinter unless given.
     :raises BackendError: the host cannot go on; what was nominated and not shared has been taken back as far as the
@@ -667,7 +668,7 @@ class _GroupSession:
             clients = clients[lost]
             if len(clients):
                 clients = self._elect(clients, leaders, frames, kept, pages)
-        # Whoever is alone on a fresh frame shares with nobody, and whoever is not kept may still be nominated.
+        # A page alone on a fresh frame shares with no other, and a page that is not kept may still be nominated.
         _, frame_of, sharers = np.unique(frames, return_inverse=True, return_counts=True)
         sharers -= np.bincount(frame_of[~kept], minlength=len(sharers))
         self._unshare(pages[batch.fresh & (~kept | (sharers[frame_of] == 1))])

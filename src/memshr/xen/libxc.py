@@ -367,7 +367,7 @@ def load(release: Release) -> Libxc | None:
 
 
 def argtypes_of(prototype: Prototype, release: Release) -> tuple[Any, ...]:
-    """What a function takes in a release: what its prototype says, but for the two that changed."""
+    """What a function takes in a release: what its prototype says, except for the two that changed."""
     if prototype.name == "xc_memshr_fork_reset" and not RELEASES[release].fork_reset_has_flags:
         return (_XCH, _DOMID)
     if prototype.name == "xc_shadow_control" and release < Release(4, 16):

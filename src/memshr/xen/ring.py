@@ -130,7 +130,7 @@ class SharingRing:
         """Answer the ``count`` oldest requests; None: all. A response is its request, which Xen finds in its place.
 
         :returns: the ring's index of responses, modulo 2**32.
-        :raises RefusedDomainError: EINVAL: this is no ring of ours, or there are not so many requests.
+        :raises RefusedDomainError: EINVAL: this is no ring of ours, or the ring has fewer requests.
         """
         page = self._page("ring_respond")
         unanswered = self._unanswered(page, "ring_respond")

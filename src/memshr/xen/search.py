@@ -19,7 +19,7 @@ from memshr.xen.mappings import BATCH_PAGES
 NEAR_PAGES = 1 << 21
 """Gfns that are looked at in any domain, whatever it has: 8 GiB of address space, the hole for devices included."""
 SPREAD = 4
-"""And so many for each page that it has."""
+"""Gfns that are looked at besides, for each page that the domain has."""
 STEPS = (1 << 18, 1 << 15, 1 << 12)
 """Distances of the gfns that are probed where nobody expects any: a run of 16 MiB is found wherever it lies."""
 PROBES = 1 << 12
