@@ -7,15 +7,16 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "memshr"
 
-FOUNDATION = {"types", "errors", "hypervisor", "runs", "closing"}
+FOUNDATION = {"types", "errors", "hypervisor", "runs", "closing", "indices"}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
     "runs": set(),
     "closing": set(),
+    "indices": set(),
     "hypervisor": {"types", "errors"},
     "unsupported": {"types", "errors", "hypervisor"},
-    "pagesource": {"types", "errors"},
+    "pagesource": {"types", "errors", "indices"},
     "trust": {"types", "errors"},
     "record": {"errors"},
     "opened": set(),
@@ -23,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "procfs": {"types", "errors", "runs", "closing"},
     "content": {"types", "runs"},
     "embedded": FOUNDATION,
-    "images": {"types", "errors", "runs", "closing", "pagesource", "procfs", "opened"},
+    "images": {"types", "errors", "runs", "closing", "indices", "pagesource", "procfs", "opened"},
     "qemu": FOUNDATION | {"procfs", "unsupported"},
     "xen": FOUNDATION | {"unsupported"},
     "opening": FOUNDATION | {"pagesource", "embedded", "images", "qemu", "xen"},

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.indices import Row
 from memshr.types import DomId, PageBytes
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
     "Subject",
 ]
 
-Rows = NDArray[np.int64]
+Rows = NDArray[Row]
 """Numbers of pages of a source, from 0 on along its ranges."""
 
 

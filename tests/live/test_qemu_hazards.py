@@ -32,6 +32,7 @@ from memshr.qemu.control_area import IF_EQUAL, ControlArea
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.mapping_budget import DEFAULT_MAP_COUNT, MAP_RESERVE
 from memshr.qemu.pool import FramePool
+from memshr.qemu.ram import Pages
 from memshr.sharing.session import SharingOptions
 from memshr.sharing.session import share as share_session
 from memshr.trust import trust_groups
@@ -156,7 +157,7 @@ def test_write_to_an_empty_page_just_before_its_neighbours_are_copied_back(
     attachment = host.hypervisor._books.guests[SECOND - 1]
     protect = attachment.protect
 
-    def write_first(pages: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    def write_first(pages: Pages) -> None:
         host.write(SECOND, Gfn(FIRST_GFN + 100), b"late")
         protect(pages)
 

@@ -14,12 +14,14 @@ from guests.machine import wait_until
 from guests.qtest import QtestGuest
 from live.qemu_host import FIRST_GFN, QtestHost, booted, process_of
 from memshr.errors import BackendError, InvariantError, RefusedDomainError, Status
+from memshr.indices import PageId, of_kind
 from memshr.procfs import process_mappings
 from memshr.qemu import agent, lock, pagemap, protection, syscalls
 from memshr.qemu.attachment import Attachment, GuestState
 from memshr.qemu.control_area import CONTROL_BYTES, CONTROL_NAME, ControlArea, is_ours
 from memshr.qemu.hypervisor import QemuHypervisor
-from memshr.qemu.states import PageStates
+from memshr.qemu.ram import Pages
+from memshr.qemu.states import PageIds, PageStates
 from memshr.types import PAGE_SIZE, DomId, Gfn, PageArray
 
 FIRST, SECOND = DomId(1), DomId(2)
@@ -80,7 +82,7 @@ def test_no_handle_is_seen_before_the_page_is_protected_and_disk_requests_have_e
     guest = opened(host, FIRST)
     guest.must_drain = True
     states = host.hypervisor._states
-    ids = np.arange(guest.pages)
+    ids = of_kind(PageId, np.arange(guest.pages))
     local = guest.pages_of_gfns(pages_of(FIRST).gfns)
     drained: list[bool] = []
 
@@ -94,7 +96,7 @@ def test_no_handle_is_seen_before_the_page_is_protected_and_disk_requests_have_e
     handles, statuses = host.hypervisor.nominate_gfns(pages_of(FIRST))
     assert drained == [True]
     assert not statuses.any()
-    assert states.nominated(local).tolist() == [True, True, False, True, True, True, True, True]
+    assert states.nominated(ids[local]).tolist() == [True, True, False, True, True, True, True, True]
     client_handles, _ = host.hypervisor.nominate_gfns(pages_of(SECOND))
     answers = host.hypervisor.share_gfns_many(pages_of(FIRST), handles, pages_of(SECOND), client_handles)
     assert np.flatnonzero(answers).tolist() == [2], "what was written meanwhile has a dead handle"
@@ -262,7 +264,7 @@ def test_interrupted_nomination_of_two_guests_leaves_none_of_either(
 ) -> None:
     nominate = PageStates.nominate
 
-    def interrupted(states: PageStates, guest: Attachment, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> object:
+    def interrupted(states: PageStates, guest: Attachment, ids: PageIds) -> object:
         if guest.domid == SECOND:
             raise KeyboardInterrupt
         return nominate(states, guest, ids)
@@ -390,7 +392,7 @@ def test_nomination_that_fails_half_way_leaves_none(
     guest = opened(host, FIRST)
     protect = guest.protect
 
-    def fails(pages: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    def fails(pages: Pages) -> None:
         protect(pages[:4])
         monkeypatch.undo()
         raise error

@@ -15,6 +15,7 @@ from typing import Final, Self
 import numpy as np
 
 from memshr.errors import MemshrError
+from memshr.indices import PageId, of_kind
 from memshr.qemu.books import NOWHERE
 from memshr.qemu.hypervisor import QemuHypervisor
 from memshr.qemu.states import _IN_FLIGHT
@@ -130,7 +131,7 @@ class World:
         for guest, nominated in zip(self.machine.guests, self.nominated().values(), strict=False):
             protected = guest.memory.protected_pages()
             assert protected == nominated, f"{guest.process.name}: protected {protected}, nominated {nominated}"
-        ids = np.arange(len(books.frame))
+        ids = of_kind(PageId, np.arange(len(books.frame)))
         assert (books.states.nominated(ids) | books.states.plain(ids)).all(), "pages are in flight"
 
     def check_nominations(self) -> None:
@@ -142,10 +143,9 @@ class World:
         """Of each page that is not in flight the books know whether a frame is mapped there: at any moment."""
         books = self.hypervisor._books
         for guest, machine in zip(books.guests, self.machine.guests, strict=False):
-            base = int(books.base[guest.domid - 1])
             for area in machine.memory.areas:
                 pages = guest.ram.pages_of_hvas(np.arange(area.start, area.end, dtype=np.int64) << PAGE_SHIFT)
-                ids = base + pages[pages >= 0]
+                ids = books.ids_of(guest, pages[pages >= 0])
                 ids = ids[books.states.plain(ids) | books.states.nominated(ids)]
                 assert ((books.frame[ids] != NOWHERE) == (area.file is not None)).all(), f"{area} is not in the books"
 

@@ -18,6 +18,7 @@ from memshr.errors import MemshrError
 from memshr.estimation import compare, count
 from memshr.estimation.analysis import EstimateOptions, EstimateProgress, analyse
 from memshr.estimation.result import DomainEstimate, Estimate
+from memshr.indices import Row, of_kind
 from memshr.pagesource import PageState, Rows, Subject
 from memshr.sharing.session import SharingOptions, share
 from memshr.trust import trust_groups
@@ -59,7 +60,7 @@ class Memory:
         )
 
     def read_run(self, first_row: int, out: PageBytes) -> NDArray[np.bool_]:
-        return self.read(np.arange(first_row, first_row + len(out)), out)
+        return self.read(of_kind(Row, np.arange(first_row, first_row + len(out))), out)
 
     def read(self, rows: Rows, out: PageBytes) -> NDArray[np.bool_]:
         for i, row in enumerate(rows.tolist()):

@@ -15,6 +15,7 @@ import pytest
 from memshr.errors import BackendError, ImageError
 from memshr.images import FORMATS, MemoryImage, open_image, reading
 from memshr.images.file import RUN, ZEROS, ImageFile, Layout, Unpacked, checked_runs, runs_of
+from memshr.indices import Row, of_kind
 from memshr.pagesource import PageSource, PageState
 from memshr.types import PAGE_SIZE, PageBytes
 from odd_cores import PAGE, Segment, core, pattern, write
@@ -66,13 +67,13 @@ def test_every_way_of_reading_gives_the_same(tmp_path: Path, monkeypatch: pytest
             assert first_words(out) == gfns[start : start + count].tolist()
         rows = rng.integers(0, 300, 3000)
         out = new_pages(3000)
-        assert source.read(rows, out).all()
+        assert source.read(of_kind(Row, rows), out).all()
         assert first_words(out) == gfns[rows].tolist()
         assert np.array_equal(np.concatenate([extent.pages for extent in source.extents])[rows], out)
     monkeypatch.setattr(reading, "_process_vm_readv", lambda: None)
     with open_image(scattered(tmp_path / "dump")) as source:
         again = new_pages(3000)
-        source.read(rows, again)
+        source.read(of_kind(Row, rows), again)
         assert np.array_equal(out, again)
 
 
@@ -91,7 +92,7 @@ def test_call_that_is_forbidden_is_made_once_and_pages_are_read_all_the_same(
         gfns = gfns_of(source)
         for _ in range(2):
             out = new_pages(100)
-            source.read(np.arange(150, 50, -1), out)
+            source.read(of_kind(Row, np.arange(150, 50, -1)), out)
             assert first_words(out) == [gfns[row] for row in range(150, 50, -1)]
     assert len(calls) == 1
 
@@ -105,7 +106,7 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
             for _ in range(20):
                 rows = rng.integers(0, 300, 1500)
                 out = new_pages(1500)
-                source.read(rows, out)
+                source.read(of_kind(Row, rows), out)
                 if not np.array_equal(out.view(np.uint64)[:, 0], gfns[rows]):
                     return False
             return True
@@ -124,7 +125,7 @@ def test_zeros_that_are_stored_nowhere(tmp_path: Path) -> None:
         assert first_words(out) == wanted
         rows = np.array([18, 11, 3, 5, 0, 10, 6])
         out = new_pages(len(rows))
-        source.read(rows, out)
+        source.read(of_kind(Row, rows), out)
         assert first_words(out) == [0, 11, 0, 5, 0, 10, 6]
         out = new_pages(3)
         source.read_run(0, out)
@@ -239,7 +240,7 @@ def test_reading_leaves_no_pages_resident(tmp_path: Path) -> None:
     with open_image(path) as source:
         out = new_pages(source.total_pages)
         before = resident_bytes()
-        source.read(np.random.default_rng(1).permutation(source.total_pages), out)
+        source.read(of_kind(Row, np.random.default_rng(1).permutation(source.total_pages)), out)
         assert out.any(axis=1).all()
         assert resident_bytes() - before < 8 << 20
 
@@ -248,7 +249,7 @@ def test_closed_image_is_read_no_more(tmp_path: Path) -> None:
     source = open_image(scattered(tmp_path / "dump"))
     source.close()
     for call in (
-        lambda: source.read(np.arange(3), new_pages(3)),
+        lambda: source.read(of_kind(Row, np.arange(3)), new_pages(3)),
         lambda: source.read_run(130, new_pages(100)),
         lambda: source.states(0, 1),
     ):

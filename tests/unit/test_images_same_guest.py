@@ -10,6 +10,7 @@ import pytest
 from image_writers import XlCore, avml, cloud_hypervisor, firecracker, lime, vmware, write_files
 from memshr import estimate
 from memshr.images import FORMATS, MemoryImage, open_image
+from memshr.indices import Row, of_kind
 from odd_cores import PAGE, Segment, core, pattern, write
 from odd_dumps import kdump, packed
 
@@ -65,7 +66,7 @@ def digests(image: MemoryImage) -> list[tuple[int, str]]:
     assert image.read_run(0, in_order).all()
     rows = np.random.default_rng(1).permutation(total)
     mixed = np.empty((total, PAGE), np.uint8)
-    assert image.read(rows, mixed).all()
+    assert image.read(of_kind(Row, rows), mixed).all()
     assert (mixed == in_order[rows]).all()
     assert b"".join(extent.pages.tobytes() for extent in image.extents) == in_order.tobytes()
     return [

@@ -13,6 +13,7 @@ from memshr.estimation.analysis import EstimateOptions, analyse
 from memshr.estimation.assembly import extrapolated
 from memshr.estimation.result import DomainEstimate, Estimate
 from memshr.estimation.sampling import SampleOptions, denominator_of, lower_weights, upper_weights
+from memshr.indices import Row, of_kind
 from memshr.pagesource import PageState, Rows, Subject
 from memshr.types import DomId, PageBytes
 
@@ -40,7 +41,7 @@ class Numbers:
         return np.where(holes, np.uint8(PageState.HOLE), np.uint8(PageState.STORED))
 
     def read_run(self, first_row: int, out: PageBytes) -> NDArray[np.bool_]:
-        return self.read(np.arange(first_row, first_row + len(out)), out)
+        return self.read(of_kind(Row, np.arange(first_row, first_row + len(out))), out)
 
     def read(self, rows: Rows, out: PageBytes) -> NDArray[np.bool_]:
         out[:] = 0

@@ -35,6 +35,7 @@ from memshr.estimation.population import Population
 from memshr.estimation.readers import Readers
 from memshr.estimation.result import Content, Estimate, Method, Place
 from memshr.estimation.sampling import SampleOptions, draw, infer
+from memshr.indices import Row, of_kind
 from memshr.pagesource import Subject
 from memshr.trust import trust_groups
 from memshr.types import page_buffer
@@ -179,7 +180,7 @@ def _advancing(progress: Callable[[EstimateProgress], None], phase: str, total_p
 def _top_contents(
     population: Population, findings: Findings, tally: Tally, against: Sequence[str]
 ) -> tuple[Content, ...]:
-    rows = np.array(sorted(each.row for each in tally.top), np.int64)
+    rows = of_kind(Row, np.array(sorted(each.row for each in tally.top), np.int64))
     pages = page_buffer(len(rows))
     readable = population.read(rows, pages)
     files = pages_of_files(pages, against)

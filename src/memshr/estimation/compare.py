@@ -29,6 +29,7 @@ from memshr.errors import MemshrError
 from memshr.estimation.look import Findings, Verdict
 from memshr.estimation.population import Population
 from memshr.estimation.readers import Readers
+from memshr.indices import Row, of_kind
 from memshr.pagesource import Rows
 from memshr.runs import consecutive
 from memshr.types import PAGE_SIZE, PageBytes, page_buffer
@@ -120,7 +121,7 @@ def _compare_once(
     advance: Callable[[int], None],
 ) -> None:
     def work(part: slice, room: _Room) -> None:
-        rows, leaders = classes.rows(part), classes.leaders(part)
+        rows, leaders = of_kind(Row, classes.rows(part)), of_kind(Row, classes.leaders(part))
         count = len(rows)
         if rows[0] != leaders[0]:  # a class that began in an earlier batch: its first page comes along
             rows = np.concatenate([leaders[:1], rows])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from memshr.content.classes import PackedClasses
 from memshr.content.overlap import overlap
 from memshr.estimation.population import Population
+from memshr.indices import Row, of_kind
 from memshr.pagesource import Rows
 from memshr.runs import alike, run_starts
 
@@ -83,10 +84,10 @@ class Tally:
         if first == last:
             copies = np.diff(np.searchsorted(keys, (first << classes.bits) + bases))
             (subject,) = np.nonzero(copies)
-            return np.array([first - 1]), np.zeros(len(subject), np.int64), subject, copies[subject]
-        leaders = classes.leaders(piece)
+            return of_kind(Row, np.array([first - 1])), np.zeros(len(subject), np.int64), subject, copies[subject]
+        leaders = of_kind(Row, classes.leaders(piece))
         new = run_starts(leaders)
-        subjects = self._population.subjects_of(classes.rows(piece))
+        subjects = self._population.subjects_of(of_kind(Row, classes.rows(piece)))
         content = np.cumsum(new) - 1
         held = np.flatnonzero(new | run_starts(subjects))
         return leaders[new], content[held], subjects[held], np.diff(held, append=len(content))
@@ -141,7 +142,7 @@ class Tally:
         given = np.zeros(len(self.inter_pages), np.int64)
         for first in range(piece.start, piece.stop, _PIECE_PAGES):
             part = slice(first, min(first + _PIECE_PAGES, piece.stop))
-            rows, leaders = classes.rows(part), classes.leaders(part)
+            rows, leaders = of_kind(Row, classes.rows(part)), of_kind(Row, classes.leaders(part))
             group_of_row = self._group_of[self._population.subjects_of(rows)]
             for group in np.flatnonzero(np.bincount(group_of_row)).tolist():
                 ours = group_of_row == group

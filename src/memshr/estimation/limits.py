@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from memshr.estimation.count import Frames, Tally
 from memshr.estimation.look import Findings, Verdict
 from memshr.estimation.population import Population
+from memshr.indices import Row, of_kind
 from memshr.pagesource import Rows
 from memshr.runs import jumps
 from memshr.types import HUGE_PAGE_PAGES
@@ -83,12 +84,12 @@ def _sharers(numbers: Sequence[Frames], frames: int) -> NDArray[np.int64]:
 
 def _range_starts(population: Population, number: int) -> Rows:
     ranges = population.subjects[number].pages.ranges
-    return np.cumsum(ranges[:, 1]) - ranges[:, 1]
+    return of_kind(Row, np.cumsum(ranges[:, 1]) - ranges[:, 1])
 
 
 def _within_budget(numbers: Frames, range_starts: Rows, budget: int) -> tuple[int, int, Rows]:
     # All the mappings that it takes, those that fit, and the rows that have to do without.
-    (rows,) = np.nonzero(numbers)
+    rows = of_kind(Row, np.flatnonzero(numbers))
     if not len(rows):
         return 0, 0, rows
     apart = np.append(True, jumps(rows))

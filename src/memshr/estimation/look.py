@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from memshr.content.fingerprint import ZERO_PAGE_FINGERPRINT, FingerprintPages, Fingerprints
 from memshr.estimation.population import Population
 from memshr.estimation.readers import Readers
+from memshr.indices import Row, of_kind
 from memshr.pagesource import PageState, Rows
 from memshr.types import PAGE_SIZE, PageBytes, page_buffer
 
@@ -98,7 +99,7 @@ def look(
                 readers.before_reading(contents.nbytes)
                 note(piece, source.read_run(first - task.base, contents), contents)
             elif is_open.any():
-                chosen = np.flatnonzero(is_open) + first
+                chosen = of_kind(Row, np.flatnonzero(is_open) + first)
                 contents = buffer[: len(chosen)]
                 readers.before_reading(contents.nbytes)
                 note(chosen, population.read(chosen, contents), contents)
@@ -128,7 +129,7 @@ def look_again_at_zeros(
     """Read the zero pages of live sources once more; those that are zero no longer are VOLATILE."""
     for number in np.flatnonzero(population.live).tolist():
         ours = population.slice_of(number)
-        zeros = np.flatnonzero(findings.verdicts[ours] == Verdict.ZERO) + ours.start
+        zeros = of_kind(Row, np.flatnonzero(findings.verdicts[ours] == Verdict.ZERO) + ours.start)
         findings.pages_read += len(zeros)
 
         def look(part: slice, buffer: PageBytes, zeros: Rows = zeros) -> None:

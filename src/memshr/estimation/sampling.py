@@ -41,6 +41,7 @@ from memshr.content.classes import PackedClasses
 from memshr.errors import MemshrError
 from memshr.estimation.look import Findings, Verdict
 from memshr.estimation.population import Population
+from memshr.indices import Row, of_kind
 from memshr.pagesource import Rows
 from memshr.runs import run_starts
 
@@ -165,7 +166,7 @@ def infer(
     verdicts = findings.verdicts[drawn.rows]
     first = np.unique(drawn.clusters, return_index=True)[1]
     everything = slice(None)
-    rows, leaders = classes.rows(everything), classes.leaders(everything)
+    rows, leaders = of_kind(Row, classes.rows(everything)), classes.leaders(everything)
     groups = np.asarray(group_of, np.int64)[population.subjects_of(rows)]
     clusters = drawn.clusters[np.searchsorted(drawn.rows, rows)]
     # One incidence for each cluster that holds a content; what a cluster holds besides is a copy within it.

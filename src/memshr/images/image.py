@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from memshr.closing import Closing
 from memshr.images.file import ZEROS, ImageFile, Layout, offset_goes_on
 from memshr.images.reading import MAP_NORESERVE, PageReader, mapped
+from memshr.indices import Row, of_kind
 from memshr.pagesource import PageState, Rows
 from memshr.runs import edges_at
 from memshr.types import PAGE_SIZE, Extent, Gfn, PageBytes
@@ -131,7 +132,7 @@ class MemoryImage(Closing):
 
         :raises ImageError: the file has changed. :raises ValueError: the image is closed.
         """
-        offsets = self._offsets(np.arange(first_row, first_row + count))
+        offsets = self._offsets(of_kind(Row, np.arange(first_row, first_row + count)))
         holes = self._contents.holes()
         states = np.full(count, PageState.STORED, np.uint8)
         if len(holes):
@@ -150,7 +151,7 @@ class MemoryImage(Closing):
         first = int(np.searchsorted(self._piece_row, first_row, side="right")) - 1
         end = int(np.searchsorted(self._piece_row, end_row, side="left"))
         if (end - first) * _FEW_PAGES > len(out) + _FEW_PAGES:
-            return self.read(np.arange(first_row, end_row), out)
+            return self.read(of_kind(Row, np.arange(first_row, end_row)), out)
         for piece in range(first, end):
             piece_row, offset = int(self._piece_row[piece]), int(self._piece_offset[piece])
             start, stop = max(piece_row, first_row), min(int(self._piece_row[piece + 1]), end_row)

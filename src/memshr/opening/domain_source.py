@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from memshr.errors import NotSharableError, Status
 from memshr.hypervisor import Hypervisor, error_of
+from memshr.indices import Row, of_kind
 from memshr.pagesource import PageState, Rows
 from memshr.types import DomId, Gfn, Gfns, PageArray, PageBytes
 
@@ -54,7 +55,7 @@ class DomainSource:
 
     def states(self, first_row: int, count: int) -> NDArray[np.uint8]:
         """As ``PageSource`` says."""
-        gfns = self._gfns(np.arange(first_row, first_row + count))
+        gfns = self._gfns(of_kind(Row, np.arange(first_row, first_row + count)))
         states = np.full(count, PageState.STORED, np.uint8)
         with self._lock:
             backed = self._hypervisor.backed(PageArray.of_domain(self._domid, gfns))
@@ -66,7 +67,7 @@ class DomainSource:
 
     def read_run(self, first_row: int, out: PageBytes) -> NDArray[np.bool_]:
         """As ``PageSource`` says; pages that the domain has given up meanwhile cannot be read."""
-        rows = np.arange(first_row, first_row + len(out))
+        rows = of_kind(Row, np.arange(first_row, first_row + len(out)))
         gfns = self._gfns(rows)
         if len(gfns) and gfns[-1] - gfns[0] == len(gfns) - 1:
             with self._lock:

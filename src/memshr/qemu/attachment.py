@@ -39,6 +39,7 @@ from memshr.errors import (
     RefusedDomainError,
     Status,
 )
+from memshr.indices import GuestPage, of_kind
 from memshr.procfs import Vma, Vmas
 from memshr.qemu import control_area, pagemap, syscalls, tables
 from memshr.qemu.agent import AgentCallError, AgentLink, entries
@@ -333,7 +334,7 @@ class Attachment:
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
-    def pages_of_gfns(self, gfns: Gfns) -> NDArray[np.int64]:
+    def pages_of_gfns(self, gfns: Gfns) -> Pages:
         """Page number of each gfn, -1 where there is no RAM."""
         return self.ram.pages_of_gfns(gfns)
 
@@ -357,7 +358,7 @@ class Attachment:
 
     def read_run(self, first: int, out: PageBytes) -> None:
         """Contents of consecutive pages. Pages that were never touched are not touched by this."""
-        rows = np.arange(first, first + len(out))
+        rows = of_kind(GuestPage, np.arange(first, first + len(out)))
         found = self.entries(rows)
         # In a pool's mapping a page that is not there reads as its frame; in anonymous memory it is zeros. So is the
         # kernel's zero page, which a large guest that was looked at before may have for all that it never touched.

@@ -27,12 +27,14 @@ from numpy.typing import NDArray
 
 from memshr.errors import BackendError, DomainError, InvariantError, NoSuchDomainError, Status
 from memshr.hypervisor import error_of
+from memshr.indices import GuestPage, PageId, of_kind
 from memshr.procfs import Vmas
 from memshr.qemu import pagemap
 from memshr.qemu.attachment import Attachment, GuestState
 from memshr.qemu.guests import GuestProcess
 from memshr.qemu.host import Host
 from memshr.qemu.pool import FramePool, fits_pool
+from memshr.qemu.ram import Pages
 from memshr.qemu.states import PageIds, PageStates
 from memshr.runs import range_members
 from memshr.types import (
@@ -158,11 +160,10 @@ class GuestBooks:
         if mappings is self._read_from.get(guest.domid):
             return
         self._read_from.pop(guest.domid, None)  # if this fails half-way, the next one reads anew
-        base = int(self.base[guest.domid - 1])
         frames, findings = self._mapped_frames(guest, mappings)
         if findings:
             raise InvariantError("; ".join(str(finding) for finding in findings))
-        self.note_frames(guest, np.arange(base, base + guest.pages), frames)
+        self.note_frames(guest, self.ids_of(guest, np.arange(guest.pages)), frames)
         self.give_frame_handles(frames[guest.in_pool])  # older, and so smaller, than any that is yet to come
         self._read_from[guest.domid] = mappings
 
@@ -195,9 +196,9 @@ class GuestBooks:
         """
         wanted = np.unique(frames)
         if not len(wanted):
-            return wanted
+            return of_kind(PageId, wanted)
         if self._by_frame is None:
-            (ids,) = np.nonzero(self.frame != NOWHERE)
+            ids = of_kind(PageId, np.flatnonzero(self.frame != NOWHERE))
             order = np.argsort(self.frame[ids], kind="stable")
             self._by_frame = self.frame[ids[order]], ids[order]
             self._remapped, self._remapped_pages = [], 0
@@ -266,7 +267,7 @@ class GuestBooks:
 
     def readers(self) -> tuple[PageIds, NDArray[np.int64]]:
         """Every page that is on a frame now, and its frame."""
-        ids = np.flatnonzero(self.frame != NOWHERE)
+        ids = of_kind(PageId, np.flatnonzero(self.frame != NOWHERE))
         ids = ids[self.on_frame(ids)]
         return ids, self.frame[ids]
 
@@ -275,8 +276,13 @@ class GuestBooks:
         row = np.searchsorted(self.base, ids, side="right") - 1
         return [(self.guests[each], np.flatnonzero(row == each)) for each in _present(row)]
 
-    def local(self, guest: Attachment, ids: PageIds) -> NDArray[np.int64]:
-        return np.asarray(ids - self.base[guest.domid - 1])
+    def local(self, guest: Attachment, ids: PageIds) -> Pages:
+        """The numbers of pages in their guest."""
+        return of_kind(GuestPage, ids - self.base[guest.domid - 1])
+
+    def ids_of(self, guest: Attachment, pages: NDArray[np.integer]) -> PageIds:
+        """The page ids of pages of one guest."""
+        return of_kind(PageId, pages + self.base[guest.domid - 1])
 
     def guest(self, domid: int, call: str) -> Attachment:
         """The guest with this domid.
@@ -307,7 +313,7 @@ class GuestBooks:
             local = self.guests[domid - 1].pages_of_gfns(pages.gfns[rows])
             ids[rows] = np.where(local >= 0, local + self.base[domid - 1], -1)
             statuses[rows] = np.where(local >= 0, Status.OK, Status.EINVAL)
-        return ids, statuses
+        return of_kind(PageId, ids), statuses
 
     def has_ended(self, ids: PageIds) -> NDArray[np.bool_]:
         """Which pages are of guests that have ended, or were given up."""
@@ -412,9 +418,8 @@ class GuestBooks:
     # -- figures ------------------------------------------------------------------------------------------------------
 
     def figures(self, guest: Attachment) -> GuestFigures:
-        base = int(self.base[guest.domid - 1])
         in_pool = np.flatnonzero(guest.in_pool)
-        sharing = int(self.on_frame(base + in_pool).sum()) if len(in_pool) else 0
+        sharing = int(self.on_frame(self.ids_of(guest, in_pool)).sum()) if len(in_pool) else 0
         if guest.gone:
             raise guest.ended()
         return GuestFigures(
@@ -424,7 +429,7 @@ class GuestBooks:
             group=self.groups[guest.domid - 1],
             sharing_pages=sharing,
             copied_pages=len(in_pool) - sharing,
-            nominated_pages=int(self.states.nominated(np.arange(base, base + guest.pages)).sum()),
+            nominated_pages=int(self.states.nominated(self.ids_of(guest, np.arange(guest.pages))).sum()),
             absent_pages=0,
             mappings_left=guest.mappings_left,
         )
@@ -433,7 +438,7 @@ class GuestBooks:
         """What one guest shares; reads the pagemap of all its RAM."""
         guest = self.guest(domid, "guest_figures")
         figures = self.figures(guest)
-        entries = guest.entries(np.arange(guest.pages))
+        entries = guest.entries(of_kind(GuestPage, np.arange(guest.pages)))
         absent = ~pagemap.is_there(entries) | guest.zero_pages(entries)
         guest.count_mappings()
         return dataclasses.replace(

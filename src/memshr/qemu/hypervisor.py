@@ -36,6 +36,7 @@ from memshr.errors import (
     Status,
 )
 from memshr.hypervisor import NOT_BACKED, Capability, error_of
+from memshr.indices import PageId, of_kind
 from memshr.qemu import pagemap
 from memshr.qemu.agent import AgentLink
 from memshr.qemu.attachment import BATCH_PAGES, MOVED_PAGES, Attachment, GuestState
@@ -868,7 +869,7 @@ class QemuHypervisor(UnsupportedCalls, Closing):
                 return 0
         given_back = 0
         ids, frames = self._books.readers()
-        for guest, _ in self._books.by_guest(np.setdiff1d(mapped, ids, assume_unique=True)):
+        for guest, _ in self._books.by_guest(of_kind(PageId, np.setdiff1d(mapped, ids, assume_unique=True))):
             if guest.gone or guest.dead:
                 continue
             self._refresh_books(guest)
@@ -916,11 +917,10 @@ class QemuHypervisor(UnsupportedCalls, Closing):
         """
         self.control(domid, True)
         guest = self._books.guest(domid, "unshare_guest")
-        base = int(self._books.base[domid - 1])
-        everything = np.arange(base, base + guest.pages)
+        everything = self._books.ids_of(guest, np.arange(guest.pages))
         self._take_back(everything)
         in_pool = np.flatnonzero(guest.in_pool)
-        shared = int(self._books.on_frame(base + in_pool).sum())
+        shared = int(self._books.on_frame(self._books.ids_of(guest, in_pool)).sum())
         needed = len(in_pool) * PAGE_SIZE
         available = self._host.available_bytes()
         if available - needed < self._reserve_bytes:
@@ -932,12 +932,12 @@ class QemuHypervisor(UnsupportedCalls, Closing):
                 domid=domid,
                 remedy="free memory, or end another guest first",
             )
-        frames = np.unique(self._books.frame[base + in_pool])
+        frames = np.unique(self._books.frame[self._books.ids_of(guest, in_pool)])
         for _ in range(_ROUNDS if guest.must_drain else 1):
             windows = self._windows(guest, np.flatnonzero(guest.in_pool))
             if not windows or guest.link is None:
                 break
-            self._move(guest, [base + window for window in windows])
+            self._move(guest, [self._books.ids_of(guest, window) for window in windows])
         self._punch_unread(frames)
         if guest.in_pool.any():
             self._books.guest(domid, "unshare_guest")

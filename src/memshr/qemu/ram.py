@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from memshr.indices import GuestPage, of_kind
 from memshr.qemu.guests import RamRange
 from memshr.runs import edges_at, jumps
 from memshr.types import PAGE_SHIFT, PAGE_SIZE, Gfns
 
-Pages = NDArray[np.int64]
+Pages = NDArray[GuestPage]
 """page numbers of one guest, shape ``(n,)``, ascending and distinct unless said otherwise"""
 
 
@@ -43,13 +44,14 @@ class GuestRam:
         self._hva_first = self._range_starts[by_hva]
         self._by_hva = by_hva
 
-    def pages_of_gfns(self, gfns: Gfns) -> NDArray[np.int64]:
+    def pages_of_gfns(self, gfns: Gfns) -> Pages:
         """Page number of each gfn, -1 where there is no RAM."""
         if not len(self.first_gfns):
-            return np.full(len(gfns), -1, dtype=np.int64)
+            return of_kind(GuestPage, np.full(len(gfns), -1))
         row = np.maximum(np.searchsorted(self.first_gfns, gfns, side="right") - 1, 0)
         inside = gfns - self.first_gfns[row]
-        return np.where((inside >= 0) & (inside < self.range_pages[row]), self._range_starts[row] + inside, -1)
+        pages = np.where((inside >= 0) & (inside < self.range_pages[row]), self._range_starts[row] + inside, -1)
+        return of_kind(GuestPage, pages)
 
     def gfns_of_pages(self, pages: Pages) -> Gfns:
         """The gfn of each page."""

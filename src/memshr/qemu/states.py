@@ -29,11 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memshr.errors import DomainError, InvariantError
+from memshr.indices import GuestPage, PageId, of_kind
 from memshr.qemu.attachment import Attachment
 from memshr.qemu.interrupts import uninterrupted
+from memshr.qemu.ram import Pages
 from memshr.types import Handles
 
-PageIds = NDArray[np.int64]
+PageIds = NDArray[PageId]
 """pages of all guests in one count: those of the first guest, then those of the second, ..."""
 
 _PLAIN, _PROTECTING, _NOMINATED, _IN_FLIGHT = range(4)
@@ -72,7 +74,7 @@ class PageStates:
 
     def all_nominated(self) -> PageIds:
         """Every page that is nominated at this moment, ascending."""
-        return np.flatnonzero(self._phase == _NOMINATED)
+        return of_kind(PageId, np.flatnonzero(self._phase == _NOMINATED))
 
     def new_handles(self, count: int) -> Handles:
         """Handles that nobody ever had, ascending."""
@@ -220,5 +222,5 @@ class PageStates:
             self._handle[mine] = 0
             self._phase[mine] = _PLAIN
 
-    def _local(self, guest: Attachment, ids: PageIds) -> NDArray[np.int64]:
-        return np.asarray(ids - self._base[guest.domid - 1])
+    def _local(self, guest: Attachment, ids: PageIds) -> Pages:
+        return of_kind(GuestPage, ids - self._base[guest.domid - 1])
