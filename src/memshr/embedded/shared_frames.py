@@ -205,7 +205,7 @@ class SharedFrames:
     def unlink_many(self, slots: Slots, pids: Index) -> Slots:
         """Take many distinct sharers off their frames: ``pids[i]`` leaves ``slots[i]``.
 
-        Frames that nobody is left on are *not* closed, and their rings not mended: their slots are returned, each
+        Frames that nobody is left on are *not* closed, and their rings not put right: their slots are returned, each
         once, for the caller to decide what becomes of the frame.
 
         Cost: log2 of the longest run of neighbours that leave together, times the number of pages.

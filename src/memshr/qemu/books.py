@@ -65,7 +65,8 @@ class GuestFigures:
     """What one guest shares, as the kernel says. Pages.
 
     ``sharing_pages`` lie on a frame; ``copied_pages`` lie in a pool's mapping but were written since, so they cost a
-    mapping (``fold_back`` mends it); ``absent_pages`` cost the host nothing: never touched, or given back as zeros.
+    mapping (``fold_back`` puts that right); ``absent_pages`` cost the host nothing: never touched, or given back as
+    zeros.
     """
 
     domid: DomId
