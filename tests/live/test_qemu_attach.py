@@ -17,8 +17,17 @@ from guests.qtest import QtestGuest
 from live.parts import needed_parts
 from live.qemu_host import QtestHost, booted, process_of
 from memshr.errors import BackendError, NoSuchDomainError, RefusedDomainError
-from memshr.qemu.guests import find_guests, inspect_process, memory_layout, refusals, select_guests, status_refusals
+from memshr.qemu.guests import (
+    GuestProcess,
+    find_guests,
+    inspect_process,
+    memory_layout,
+    refusals,
+    select_guests,
+    status_refusals,
+)
 from memshr.qemu.hypervisor import QemuHypervisor
+from memshr.qemu.monitor import Monitor
 from memshr.qemu.status import status_of
 from memshr.types import PAGE_SIZE, DomId, Gfn, PageArray
 
@@ -228,6 +237,26 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, ctypes.c_char_p(header), 0, 0) == 0
 os.execv({qemu!r}, [{qemu!r}, *sys.argv[1:]])
 """
+
+
+def test_a_guest_is_asked_once_when_it_is_opened_and_once_when_it_is_attached(
+    qemu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU serves one client of a monitor at a time: each connection keeps others waiting."""
+    connections: list[str] = []
+    monitor = GuestProcess.monitor
+
+    def counted(process: GuestProcess) -> Monitor:
+        connections.append(process.name)
+        return monitor(process)
+
+    with booted(qemu, "asked") as (guest,):
+        process = process_of(guest)
+        monkeypatch.setattr(GuestProcess, "monitor", counted)
+        with QemuHypervisor([process]) as hypervisor:
+            assert connections == ["asked"]
+            hypervisor.control(DomId(1), True)
+            assert connections == ["asked"] * 2
 
 
 def test_status_tells_what_the_kernel_knows(qemu: Path) -> None:

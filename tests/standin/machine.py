@@ -107,6 +107,7 @@ class StandInTarget(Target):
 
     def __init__(self, guest: StandInGuest) -> None:
         self.process = guest.process
+        self.must_drain = False
         self._guest = guest
         self._calls = guest.machine.calls.of(guest.process.name)
         self._last: Vmas | None = None
@@ -182,9 +183,6 @@ class StandInTarget(Target):
     def has_agent(self) -> bool:
         return self._calls("target.has_agent", lambda: self._guest.control_file >= 0)
 
-    def has_direct_drives(self) -> bool:
-        return self._calls("target.has_direct_drives", lambda: self._guest.has_direct_drives)
-
     def drain(self) -> None:
         self._calls("target.drain", lambda: None)
 
@@ -193,6 +191,7 @@ class StandInTarget(Target):
 
     def _connect(self) -> StandInLink:
         guest = self._guest
+        self.must_drain = guest.has_direct_drives
         if guest.agent is not None:
             guest.agent.go_on()
         if guest.agent is not None and not guest.agent.ended:

@@ -50,7 +50,7 @@ from standin.world import (
 )
 
 ERRNOS = (errno.ENOMEM, errno.EPERM, errno.EIO, errno.EAGAIN, errno.ESRCH)
-MONITOR = ("layout", "has_direct_drives", "drain", "connect")
+MONITOR = ("layout", "drain", "connect")
 
 
 def os_error(number: int) -> OSError:

@@ -448,8 +448,8 @@ class Attachment:
         self._become(GuestState.ATTACHING)
         try:
             try:
-                self.must_drain = self.target.has_direct_drives()
                 self.link = self.target.connect(list(self.ram.layout), injector, self.domid)
+                self.must_drain = self.target.must_drain
                 watching(self, self.link)
                 self.target.forget_mappings()
                 mappings = self.target.mappings()

@@ -44,6 +44,8 @@ class Target:
 
     def __init__(self, process: GuestProcess) -> None:
         self.process = process
+        self.must_drain = False
+        """whether disk requests write into its RAM past the page tables (``drain``); known after ``connect``"""
         with contextlib.ExitStack() as undo:
             self._pidfd = os.pidfd_open(process.pid)
             undo.callback(os.close, self._pidfd)
@@ -151,27 +153,23 @@ class Target:
             control.close()
         return bool(found)
 
-    def has_direct_drives(self) -> bool:
-        """Whether disk requests write into its RAM past the page tables, so that they must be waited for (``drain``).
-
-        :raises RefusedDomainError: they do, and this QEMU is not known to let them end.
-        """
-        with self.process.monitor() as monitor:
-            if not guests.has_direct_drives(monitor):
-                return False
-            try:
-                monitor.require_drain()
-            except UnsupportedError as error:
-                name = f"guest {self.process.name} ({self.pid})"
-                raise RefusedDomainError(
-                    f"{name} is left alone: {error.args[0]}", reasons=[str(error)], remedy=error.remedy
-                ) from error
-            return True
+    def _must_drain(self, monitor: Monitor) -> bool:
+        if not guests.has_direct_drives(monitor):
+            return False
+        try:
+            monitor.require_drain()
+        except UnsupportedError as error:
+            name = f"guest {self.process.name} ({self.pid})"
+            raise RefusedDomainError(
+                f"{name} is left alone: {error.args[0]}", reasons=[str(error)], remedy=error.remedy
+            ) from error
+        return True
 
     def connect(self, layout: list[RamRange], injector: Injector, domid: DomId) -> AgentLink:
-        """Find or install the agent, and open a link.
+        """Find or install the agent, and open a link. From then on ``must_drain`` is known.
 
-        :raises RefusedDomainError: the guest must not be touched; ``reasons`` says why.
+        :raises RefusedDomainError: the guest must not be touched; ``reasons`` says why. It also is if it has direct
+            drives and its QEMU is not known to let disk requests end.
         :raises ConnectionLostError: QEMU, or its agent, does not answer.
         """
         name = self.process.name
@@ -184,6 +182,7 @@ class Target:
                     reasons=[str(reason) for reason in reasons],
                     domid=domid,
                 )
+            self.must_drain = self._must_drain(monitor)
             code = mappings.named(control_area.MAPPED_CONTROL.__eq__) & mappings.executable
             places = [f"{place.start:x}-{place.end:x}" for place in mappings.of(code)]
             control = ControlArea.find(self.pid, places) or self._install(monitor, injector)
