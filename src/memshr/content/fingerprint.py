@@ -1,9 +1,9 @@
 """Fingerprints of pages, in bulk: the cheap look that says which pages are worth nominating.
 
-What makes this hard: the scan should cost what reading the memory costs, and Python may not touch single pages.
-A hash that is called once a page spends its time in the calls and holds the interpreter lock; what numpy does in one
-call over thousands of pages runs at memory speed, on every core. So the fingerprint is arithmetic that numpy has an
-inner loop for: one multiplication for each 64-bit word, and one pass over memory.
+What makes this hard: the scan should cost what reading the memory costs, and Python may not touch single pages. A hash
+that is called once for each page spends its time in the calls, and it holds the interpreter lock. numpy works on
+thousands of pages in one call, at memory speed, on every core. So the fingerprint is arithmetic that numpy has an inner
+loop for: one multiplication for each 64-bit word, and one pass over memory.
 
 The rule, for the 512 words w of a page, in ``SEGMENTS`` runs of equal length, modulo 2**64:
 
@@ -23,10 +23,10 @@ probability of at most 2**(b - 64) + 2**-32. That is next to nothing if the low 
 weak side: pages that differ *only in the topmost bits of several words* collide often, and always if these are the
 top bits of two words of one segment. ``python benchmarks/run.py collisions`` shows how often.
 
-Why that is right all the same: contents are always compared, under valid handles, before anything is shared. A
-collision therefore costs one nomination and one compare, never a wrong share; pages that do collide are told apart
-by `universal_fingerprints`, which costs eight times as much and has no weak side. Curing the weak side in the scan
-takes a second pass over all memory, which was measured to halve its speed.
+Still this is safe: contents are always compared, under valid handles, before anything is shared. So a collision costs
+one nomination and one compare, and never a wrong share. Pages that collide are told apart by `universal_fingerprints`,
+which costs eight times as much and has no weak side. To remove the weak side from the scan takes a second pass over all
+memory, which was measured to halve its speed.
 
 The seed belongs to a trust group and is secret: a guest that knew it could make pages that collide, and fingerprints
 of two groups cannot be compared with each other.

@@ -1,14 +1,15 @@
 """An estimate: what sharing would save in some sources of memory. Reads only, whatever the sources are.
 
-What makes this hard: the sources are larger than memory, the figures are to be exact, and it should cost what reading
-costs. So pages become fingerprints of 8 bytes; equal fingerprints only suggest, and the pages that have them are
-compared, byte for byte, as sharing would compare them. Nothing else is kept of a page.
+What makes this hard: the sources are larger than memory, the figures must be exact, and an estimate should cost what
+reading costs. So a page becomes a fingerprint of 8 bytes, and nothing else is kept of it. Equal fingerprints only
+suggest: the pages that have them are compared, byte for byte, as sharing would compare them.
 
 The order is: ``look`` (every page once), ``compare`` (every page that may be shared once more), ``count`` (what the
 classes of equal contents save), ``limits`` (what a running host leaves of that).
 
-There is one seed for all trust groups, which sharing would never do: an estimate is not watched by a guest, the seed is
-fresh and secret, and what one group for all would save on top (``between_groups_pages``) can be told in no other way.
+There is one seed for all trust groups. Sharing would never do that. Here it is safe, because no guest watches an
+estimate and the seed is fresh and secret. And it is the only way to tell what one group for all would save on top
+(``between_groups_pages``).
 
 Memory: at most 40 bytes a page, and some MiB for each thread. A page costs 1 byte for its verdict, 1 for its huge
 page, 8 for its fingerprint, 4 for its frame, and up to 17 while candidates are sorted.

@@ -1,10 +1,10 @@
 """What is left of a saving within the limits of a running host: its budget of mappings, and its huge pages.
 
 The model is that of sharing running QEMU guests (``docs/qemu-guests.md``). Frames are given out content by content, in
-the order of their first pages. Each page that shares is mapped onto its frame, so a run of consecutive gfns on
-consecutive frames is one mapping; and a run that lies amid memory that does not share cuts it in two, which is another
-one. Zero pages are given back and need no mapping. If a domain may not have all the mappings that it would take, its
-longest runs come first.
+the order of their first pages. Each page that shares is mapped onto its frame. A run of consecutive gfns on consecutive
+frames is one mapping. If the run lies between pages that do not share, it cuts their mapping in two, which is one more.
+Zero pages are given back and need no mapping. If the budget does not suffice for all mappings, the longest runs come
+first.
 
 A huge page must be split before a part of it can be shared or given back. One that is zero from end to end can be given
 back whole.

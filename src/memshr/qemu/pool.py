@@ -1,16 +1,16 @@
 """Frames for shared pages: a sparse memory file for each trust group, and one for each of its guests.
 
-A QEMU can read every frame of a pool that it has been given. So a frame that only one guest's pages are on lies in a
-pool of that guest alone; it is moved into the group's when another guest is to join it.
+A QEMU can read every frame of a pool that it has been given. So a frame with pages of only one guest lies in a pool of
+that guest alone. It moves into the group's pool when another guest is to join it.
 
 What the design rests on:
 
 * A frame is a page of the file; its number is its offset. **An offset is never used again**, also not by a later
   memshr: the file's size is the number of offsets that were ever given out, the kernel keeps it, and the file is sealed
   against shrinking. So a guest that still has an old offset mapped (under a page that it has copied) can never come to
-  see somebody else's frame there: a punched frame reads as zeros.
-* **Only memshr writes.** The file's mode is 0400 and it belongs to a user that nobody is; QEMU gets a descriptor that
-  was opened for reading, and cannot open it again for writing unless it could read all files of the host anyway.
+  see another guest's frame there: a punched frame reads as zeros.
+* **Only memshr writes.** The file's mode is 0400 and it belongs to a user that no process has; QEMU gets a descriptor
+  that was opened for reading, and cannot open it again for writing unless it could read all files of the host anyway.
 * **It lives as long as a guest has it mapped**, whether or not a memshr runs. A new memshr finds it in /proc/PID/maps
   and takes it only if it has root's mark (``mark``), which also says whose frames they are. The name in maps is a hint
   where to look, and nothing else: any process can make a file of that name.

@@ -1,9 +1,9 @@
 """Who hears of writes to protected pages: a thread for each guest that is attached.
 
-A write to a protected page waits in the kernel until somebody lets it go on, so the thread here must answer soon and
-under all circumstances: it does nothing but kill the page's handle and take the protection away, in this order
-(``PageStates.written``). While pages are being remapped (*in flight*) it leaves them alone; whoever remaps them wakes
-their writers afterwards. If the thread itself fails, for whatever reason, the guest is given up, and nobody waits.
+A write to a protected page waits in the kernel until somebody lets it go on. So the thread here must answer soon, under
+all circumstances. It only kills the page's handle and then takes the protection away (``PageStates.written``). It
+leaves pages alone while they are being remapped (*in flight*); ``remapping`` wakes their writers afterwards. If the
+thread itself fails, for whatever reason, the guest is given up, and no writer waits.
 
 Python's threads take turns; ``SWITCH_INTERVAL_S`` bounds how long a writer waits for a computation of ours.
 """

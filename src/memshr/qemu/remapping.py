@@ -4,13 +4,13 @@ What makes this hard: a page that is being remapped must not be written, and nei
 may leave a writer waiting or let one go too soon. So everything that remaps pages does it here, inside ``flight``:
 
 1. ``take`` (by handle) or ``pin``: the page is in flight, and the write watch leaves its writers alone.
-2. Each page is looked at once more: is it still protected? What is not is dropped as if it were written, and reported:
-   somebody else in the kernel has replaced its entry (docs/nominations.md).
-3. ``map``, ``empty`` or ``make_private``: the agents of all guests concerned work at the same time, and none waits for
-   another. What is done is in the books before its writers are woken.
-4. The end of the ``with``, whatever happens: what was not remapped is a nominated page again, or let go. A guest whose
-   table is still under way then, because waiting for it failed, has been given up before: the agent protects the pages
-   until the table has ended. Ctrl-C waits for this.
+2. Each page is looked at once more: is it still protected? A page that is not is dropped as if it were written, and it
+   is reported: another part of the kernel has replaced its entry (docs/nominations.md).
+3. ``map``, ``empty`` or ``make_private``: the agents of all these guests work at the same time, and none waits for
+   another. The books are right before the writers of a page are woken.
+4. The end of the ``with``, whatever happens: a page that was not remapped is nominated again, or let go. If waiting for
+   a table failed, its guest has been given up before: the agent protects the pages until the table has ended. Ctrl-C
+   waits for this.
 """
 
 from __future__ import annotations

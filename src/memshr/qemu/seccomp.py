@@ -1,8 +1,8 @@
 """Whether the seccomp filters of a QEMU let the agent's system calls pass.
 
-A call that a filter forbids may kill QEMU, so it is judged before the agent is put in, by running the filters as the
-kernel would. A call that the agent cannot do without refuses the guest; one that only serves some guests or hosts is
-told to whoever asks, who then must not make it.
+A call that a filter forbids may kill QEMU. So the filters are run, as the kernel would run them, before the agent is
+put in. If they forbid a call that the agent needs, the guest is refused. Calls that serve only some guests or hosts are
+noted, and whoever would make one asks first.
 
 This module does without numpy: see ``control_area``.
 

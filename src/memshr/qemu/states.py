@@ -2,20 +2,20 @@
 
 A page is in one of these states:
 
-* *plain*: nobody of ours protects it.
-* *protecting*: it is being write-protected, and the guest's disk requests that are under way are being waited for.
-  Nobody has seen a handle yet. A write takes it back to plain.
+* *plain*: we do not protect it.
+* *protecting*: it is being write-protected, and we wait for the guest's disk requests that are under way. Nobody has
+  seen a handle yet. A write takes it back to plain.
 * *nominated*: it is protected and has a handle. A write kills the handle first, then goes on.
 * *in flight*: it is protected, and its writers wait. It is being remapped.
 
 What holds, whatever fails and whenever it is interrupted:
 
 1. What is nominated is protected. So protection comes before the handle, and the handle goes before the protection.
-2. A transition is done wholly or leaves no trace. Where even undoing fails, the guest is given up: its protection ends,
+2. A transition is done wholly or leaves no trace. If even undoing fails, the guest is given up: its protection ends,
    its writers go on, and none of its pages is nominated.
-3. What is in flight lands or is settled by whoever took it (``remapping``); the write watch leaves it alone.
+3. ``remapping`` takes pages in flight, and it alone lands or reverts them. The write watch leaves them alone.
 
-Nobody else writes these arrays. They are of all guests; each guest has a lock of its own, so that a guest that is slow
+No other module writes these arrays. They are of all guests. Each guest has a lock of its own, so a guest that is slow
 to answer delays no other.
 """
 

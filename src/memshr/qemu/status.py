@@ -1,4 +1,4 @@
-"""What ``memshr status`` shows: every QEMU of the host, may it be touched, what does it share. Touches nothing.
+"""What ``memshr status`` shows: every QEMU of the host, whether it may be touched, and what it shares. Touches nothing.
 
 All of it comes from QEMU and the kernel, so it is right whether or not a memshr is at work, and after one has died.
 """

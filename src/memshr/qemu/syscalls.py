@@ -1,7 +1,7 @@
 """System calls that Python has no name for, each once: numbers, structures and the header that they come from.
 
-Everything here is for x86-64 Linux. A call that fails raises OSError with the kernel's errno; what that means is for
-the caller to say. Nothing here decides anything.
+Everything here is for x86-64 Linux. A call that fails raises OSError with the kernel's errno. The caller says what that
+means; nothing here decides anything.
 
 Sources (Linux 6.1 headers, stable ABI): ``asm/unistd_64.h``, ``asm-generic/mman-common.h``, ``linux/mman.h``,
 ``linux/userfaultfd.h``, ``linux/ptrace.h``, ``asm/ptrace.h`` (struct user_regs_struct), ``linux/futex.h``,

@@ -3,8 +3,8 @@
 ``attachment`` decides what the answers mean. It speaks to this class and to ``agent.AgentLink`` and to nothing else. So
 a stand-in for the two (``tests/standin``) plays a kernel in which every call can be made to fail.
 
-Every method raises OSError as the kernel does: that a look failed says nothing of whether the process is still there.
-That is ``has_ended``'s to say, from the pidfd, which stands for this very process.
+Every method raises OSError as the kernel does. A look that fails does not say whether the process is still there. Only
+``has_ended`` says that, from the pidfd, which stands for this very process.
 """
 
 from __future__ import annotations

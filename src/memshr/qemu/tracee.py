@@ -1,4 +1,4 @@
-"""A thread of a QEMU that is stopped, does one system call for us, and goes on as if nothing had been.
+"""A thread of a QEMU that is stopped, does one system call for us, and goes on as if nothing had happened.
 
 Two things make this hard. We may be killed at any instant, and then nobody gives the thread its registers back. And
 QEMU may be hostile: it executes another program, a set-uid one, while we are at work on what we take for QEMU.
@@ -22,7 +22,7 @@ live, the thread never gets that far: it stops again at the end of the system ca
 * The memory is read and written through /proc/PID/mem, opened after the thread has stopped and before the identity is
   checked: the open file stands for that address space, whatever the process executes later.
 
-So whoever has found the identity to hold sets registers and memory of that very program or of nothing. What other
+So once the identity has been checked, we set registers and memory of that very program or of nothing. What other
 threads of QEMU do meanwhile to their own memory (the borrowed instructions, the frame, the descriptors) can only make
 QEMU run its own code with its own rights.
 

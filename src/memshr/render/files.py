@@ -1,7 +1,7 @@
 """Writing a report's file: the whole of it or nothing.
 
-A process that gives its rights up before it makes the report (``privilege``) starts a ``FileWriter`` first: a program
-of its own that keeps the rights and does nothing but wait for the text of one file.
+A process that gives its rights up before it makes the report (``privilege``) starts a ``FileWriter`` first. That is a
+program of its own, which keeps the rights and only waits for the text of one file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Who goes onto whose frame: the plan by which the pages of one batch are shared.
 
-What makes this hard: among the pages may be frames of earlier sessions, which already have sharers, perhaps in other
-domains and outside the batch. A frame takes only so many sharers; and the client of a share may only be a page with a
-fresh frame, or a frame all of whose gfns are known to be in one domain (rule 4 of ``session``).
+What makes this hard: some pages may be on frames of earlier sessions. Such a frame already has sharers, perhaps in
+other domains and outside the batch. A frame takes a limited number of sharers. And the client of a share must be a page
+with a fresh frame, or a frame all of whose gfns are known to be in one domain (rule 4 of ``session``).
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ The figures add up. Of the session, and with the same names of each domain::
     saved_pages  = zero_pages + intra_pages + inter_pages - sum(dropped of REASONS_TO_KEEP)      (session only)
     shared_pages = intra_pages + inter_pages + distinct contents of shared pages                 (session only)
 
-A page that dropped out (REASONS_TO_DROP) is in no other figure: what it holds was not verified. Frames that were kept
-although their contents exist on another frame (REASONS_TO_KEEP) are the saving that a limit cost; their pages were
-verified and are counted.
+A page that dropped out (REASONS_TO_DROP) is in no other figure, because its contents were not verified. REASONS_TO_KEEP
+count frames that were kept although their contents exist on another frame: that is the saving that a limit cost. The
+pages of these frames were verified and are counted.
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
 """A sharing session: scan, find candidates, and share them in the race-free order. Works on any mechanism.
 
-What makes this hard: guests go on writing, pages and domains vanish, and still no page may be lost from the figures,
-no two pages shared that differ, and no page be left nominated that shares with nobody. The rules:
+What makes this hard: guests go on writing, and pages and domains vanish. Still no page may be lost from the figures,
+two pages that differ may never be shared, and no page may stay nominated without sharing. The rules:
 
-1. A trust group is worked through alone; nothing that the session holds is common to two groups (I10).
-2. Nothing is compared before it is nominated, and nothing shared but with the handles under which it was compared.
-   A page that is written in between has a dead handle, and the hypervisor refuses it.
-3. A fingerprint only suggests. Every page of a class is compared, byte for byte, with one page of it; those that
-   differ are classified anew, by `universal_fingerprints`, and get their own turn. So equal pages always meet.
-4. The client of a share is a page that this session has nominated, whose frame therefore has one gfn; or a frame of an
-   earlier session all of whose gfns are known to be in one domain. (Xen itself dies if the client's frame is mapped by
-   a third domain.) A frame of an earlier session that has gfns outside the class is left alone: they may be in
-   another trust group now.
-5. What this session nominated and could not share is taken back, whatever happens: also when an exception strikes
-   between the hypervisor's answer and our noting it down. So no handle is needed for it: the pages of a batch are known
-   before they are nominated. Those that are alone on a frame afterwards are unshared.
+1. A trust group is worked through alone. Nothing that the session holds is common to two groups (I10).
+2. A page is nominated before it is compared. It is shared only with the handle under which it was compared. A page that
+   is written in between has a dead handle, and the hypervisor refuses it.
+3. A fingerprint only suggests. Every page of a class is compared, byte for byte, with one page of the class. Pages that
+   differ are classified again, by `universal_fingerprints`, and get their own turn. So equal pages always meet.
+4. The client of a share is a page that this session has nominated, so its frame has one gfn; or it is a frame of an
+   earlier session, and all of its gfns are known to be in one domain. (Xen dies if a third domain maps the client's
+   frame.) A frame of an earlier session that has gfns outside the class is left alone: those gfns may be in another
+   trust group now.
+5. Pages that this session nominated and could not share are taken back, whatever happens, also if an exception strikes
+   before an answer of the hypervisor is noted. No handle is needed for that: the pages of a batch are known before they
+   are nominated, and those that are alone on a frame afterwards are unshared.
 
-Fresh nominations are told from old ones by their handles: a new handle is greater than any before it. With no page
-shared at the start, all are new; else one page that is not shared is nominated first to see where new handles begin; if
-none is found, the growth of used_frames tells how many of a batch were new.
+A handle tells whether a nomination is fresh: a new handle is greater than any before it. If no page is shared at the
+start, all handles are new. Otherwise one page that is not shared is nominated first, to see where new handles begin. If
+there is no such page, the growth of used_frames tells how many handles of a batch were new.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SharingOptions:
-    """How a session goes about it; none of this changes which pages are equal.
+    """How a session works; none of this changes which pages are equal.
 
     :param max_sharers: gfns that one frame takes at most; further copies get further frames. At least 2.
     :param batch_pages: pages that are nominated, read and shared in one go; rounded up to whole frames of max_sharers.
@@ -92,7 +92,8 @@ class SharingOptions:
         are written all the time. Zero pages are sampled once: writing to one that was given back too soon costs the
         guest no more than first touching any page does.
     :param huge_page_pages: how many pages of a huge page must be worth sharing for it to be split. 0: split always;
-        more than HUGE_PAGE_PAGES: never. A huge page saves the processor work; splitting it for next to nothing loses.
+        more than HUGE_PAGE_PAGES: never. A huge page saves the processor work, so it is not worth splitting for a few
+        pages.
     :param threads: threads that fingerprint; None: one for each core.
     """
 
@@ -141,9 +142,9 @@ def share(
     :raises BackendError: the host cannot go on; what was nominated and not shared has been taken back as far as the
         host still answers.
 
-    A domain that goes away in mid-run is skipped, and so is one that the hypervisor refuses, with its reason in the
-    report. When the host runs out of memory the session stops, and the report
-    says so. Running it again over the same domains finds what is new.
+    A domain that goes away in mid-run is skipped. So is one that the hypervisor refuses; the report has the reason.
+    When the host runs out of memory, the session stops, and the report says so. A second run over the same domains
+    finds what is new.
 
     Cost: reading all memory once, plus nominating, comparing and sharing the candidates. Memory: two buffers, some 40
     bytes for each page of the group that is under way, and some 100 for each candidate while they are counted.
