@@ -7,8 +7,9 @@ web pages. So a command that has opened everything calls ``drop`` and is ``nobod
 Why ``nobody`` and not the user behind sudo (SUDO_UID): that user owns keys, shell start files and running programs, so
 whoever broke a parser would be root with the user's next sudo. ``nobody`` owns nothing.
 
-What remains: the descriptors that are open, among them the terminal, and what every user of the host may do: reading
-what all may read, the network, processor time. Other processes of ``nobody`` can be sent signals, and can send them.
+What remains: the descriptors that are open, among them the terminal, and what every user of the host may do. Every user
+may read what all may read, use the network, and use processor time. Other processes of ``nobody`` can send us signals,
+and we can send them signals.
 
 Sources: credentials(7), capabilities(7), prctl(2), seccomp(2); ``seccomp_sync_threads`` of ``kernel/seccomp.c``.
 """

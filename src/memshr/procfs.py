@@ -1,8 +1,8 @@
 """The memory of another process, as Linux's /proc shows it: what is mapped, what is there, and its bytes.
 
 What makes this hard: the process goes on while we look. It maps and unmaps, runs another program, or exits, and its
-number is given to somebody else. So the directory /proc/PID is opened once and everything is opened relative to it: it
-stands for that process and never for the next one of the same number. The open ``mem`` file stands for the address
+number is given to another process. So the directory /proc/PID is opened once and everything is opened relative to it:
+it stands for that process and never for the next one of the same number. The open ``mem`` file stands for the address
 space as it was when it was opened, and reads as empty once that is gone.
 
 Sources: proc(5); the kernel's ``fs/proc/base.c`` (mem), ``Documentation/admin-guide/mm/pagemap.rst``; for

@@ -1,10 +1,10 @@
 """Audit: the books of the embedded hypervisor checked in both directions, and as Xen checks them.
 
 Xen's ``mem_sharing_audit()`` walks the list of shared frames and, for each, its reverse map: is every (domain, gfn) on
-it a shared entry of that domain's p2m that points back at the frame? It counts errors and says no more; what a p2m
-says that no reverse map knows of, it never sees. This audit goes the other way too, checks the counters and the
-handles, and names each finding by the invariant that it breaks (ARCHITECTURE.md). ``xen_errors`` is counted apart, in
-Xen's own order: what it skips after an error, it does not count.
+it a shared entry of that domain's p2m that points back at the frame? It only counts errors, and it never sees an entry
+of a p2m that no reverse map has. This audit goes the other way too. It checks the counters and the handles, and names
+each finding by the invariant that it breaks (ARCHITECTURE.md). ``xen_errors`` is counted apart, in Xen's own order:
+what Xen skips after an error is not counted.
 """
 
 from __future__ import annotations

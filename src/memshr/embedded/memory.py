@@ -1,8 +1,8 @@
 """Machine memory: frames with contents, their owners, and the references that others hold on them.
 
-Frames come in banks. A bank of RAM is anonymous memory that is touched only when a frame of it is written; a bank of
-an image is the image itself, mapped copy-on-write by whoever opened it, so that its contents stay in the file until a
-guest writes. A frame of an image that is freed is not handed out again; a frame of RAM is.
+Frames come in banks. A bank of RAM is anonymous memory that is touched only when a frame of it is written; a bank of an
+image is the image itself, mapped copy-on-write, so its contents stay in the file until a guest writes. A frame of RAM
+that is freed is handed out again; a frame of an image is not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What every image format is made of: a regular file that is read safely, and runs that say where its pages lie.
 
 Three things make this harder than ``open`` and ``read``. A path can be anything: opening a fifo would wait for a writer
-for ever, opening a device may do something. An image is often far larger than the memory of the machine that looks at
-it, and any number in it may be a lie. And a file can be cut short while it is read: the operating system kills a
-process that touches a mapped page which its file has no more, so headers and pages are read by calls that return an
+without end, and opening a device may do something. An image is often far larger than the memory of the machine that
+looks at it, and any number in it may be a lie. And a file can be cut short while it is read: the operating system kills
+a process that touches a mapped page which its file has no more, so headers and pages are read by calls that return an
 error instead.
 """
 

@@ -1,10 +1,10 @@
 """Firecracker snapshots: a memory file without a header, and a state file that says where its pages belong.
 
-The memory file is the guest's regions of memory, one after the other. A guest of less than 3 GiB has one, and then its
-memory file is a raw image. A larger one has two, because devices have the addresses below 4 GiB, and in which address
-the first one ends depends on the release. Only the state file knows it. That is a structure of the release's own, in a
-serialisation that cannot be read without knowing all of it; but the list of regions in it can be found: a count, and
-for each region its address and its size, of which the first is 0 and all add up to the memory file's size exactly.
+The memory file is the guest's regions of memory, one after the other. A guest of less than 3 GiB has one region, and
+then its memory file is a raw image. A larger guest has two, because devices have the addresses below 4 GiB. Where the
+first region ends depends on the release, and only the state file tells. The state file is a structure of the release's
+own, and it cannot be read without knowing all of it. But the list of regions in it can be found: a count, and for each
+region its address and its size. The first address is 0, and the sizes add up to the memory file's size exactly.
 
 So this format needs a state file next to the memory file, and finds it by its magic number, whatever its name is. What
 is not found that way is a raw image: the same pages, and only the gfns above the gap are wrong.

@@ -6,9 +6,10 @@ What makes this hard is not the calls, which libxc does, but what surrounds them
   those has lost its file descriptor. EINVAL and ESRCH do not say which of two domains they are about: we look.
 * A foreign mapping is a reference that keeps a page from being nominated, and a look at a populate-on-demand page
   allocates it. So mappings are short (``mappings``) and domains with such pages are not looked at.
-* Xen 4.17 dies or hangs of some calls. They are not issued. docs/xen-host.md lists them, with where each is refused.
-* To ask Xen about a page enables sharing on its domain. Who wants to know first whether it is enabled needs another
-  domain to ask with: ``sharing_enabled``.
+* Some calls make Xen 4.17 die or hang. memshr does not make them. docs/xen-host.md lists them, with where each is
+  refused.
+* A question to Xen about a page enables sharing on its domain. To find out first whether sharing is enabled takes
+  another domain to ask with: ``sharing_enabled``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sharing ring of a domain: the page through which Xen asks for memory, and whoever serves it answers.
+"""The sharing ring of a domain: the page through which Xen asks for memory, and in which the answers are put.
 
 What makes this hard: Xen initialises nothing, believes the page, and counts for itself how many responses it has taken.
 On a page of garbage ``xc_memshr_domain_resume`` takes what lies there for up to 2**32 responses, and the hypervisor

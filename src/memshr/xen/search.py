@@ -1,8 +1,9 @@
 """Finding the pages of a domain in an address space of 36 bits, when Xen has no call that lists them.
 
-What is known beforehand: the highest gfn that was ever populated, and how many pages there are. What costs is to look:
-one mapping for BATCH_PAGES gfns, wherever they are. Guests have their RAM from gfn 0 on, with a hole below 4 GiB; so
-all of that is looked at, after what is likelier. What is missing then lies in between, where it is probed in steps.
+Two things are known beforehand: the highest gfn that was ever populated, and how many pages there are. A look costs one
+mapping for BATCH_PAGES gfns, wherever they are. Guests have their RAM from gfn 0 on, with a hole below 4 GiB. So the
+likeliest places are looked at first, and then all of that. Pages that are still missing lie in between, where gfns are
+probed in steps.
 """
 
 from __future__ import annotations

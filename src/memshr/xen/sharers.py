@@ -1,9 +1,9 @@
 """Which pages are on a frame that has several: what it takes to know before a frame may be given up.
 
 Xen 4.17 dies ("mm locking order violation") when a share gives up a client's frame that some third domain maps, too.
-Xen tells how many gfns are on a frame, not which. This remembers, for a bounded number of frames, the pages that
-were put together here, and those that were put together by others and that Xen gave the same handle for; whoever wants
-to give a frame up compares that with what Xen counts, and refuses what it cannot prove.
+Xen tells how many gfns are on a frame, not which. So this remembers, for a bounded number of frames, the pages that
+were put together here, and those that others put together and that Xen gave the same handle for. Before a frame is
+given up, that is compared with what Xen counts, and a share that cannot be proved safe is refused.
 """
 
 from __future__ import annotations
