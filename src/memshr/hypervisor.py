@@ -414,7 +414,7 @@ _MEANINGS: dict[tuple[str, Status], tuple[type[errors.CallError], str]] = {
     ("ring_respond", Status.ENODEV): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),
     ("ring_respond", Status.EINVAL): (
         errors.RefusedDomainError,
-        "the sharing ring of domain {domid} has fewer requests",
+        "the sharing ring of domain {domid} has fewer requests than that",
     ),
     ("set_log_dirty", Status.EINVAL): (errors.RefusedDomainError, "log-dirty mode of domain {domid} is on already"),
     ("ring_disable", Status.EINVAL): (errors.RefusedDomainError, "the sharing ring of domain {domid} is not enabled"),

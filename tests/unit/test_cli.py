@@ -186,6 +186,15 @@ BAD_INPUT = {
     "call": (["ctl", "embedded:", "levitate"], 2, "unknown operation 'levitate'"),
     "unknown domain": (["ctl", "embedded:{a}", "nominate", "7", "0"], 1, ""),
     "trace": (["replay", "{a}"], 2, "no JSON"),
+    "seed without a sample": (["estimate", "{a}", "--seed", "4"], 2, "--seed is for --sample 1/N"),
+    "interval of images": (["estimate", "{a}", "--interval", "5"], 2, "--interval is for live memory"),
+    "format of a process": (["estimate", "pid:{pid}", "--format", "raw"], 2, "--format is for image files"),
+    "format of guests": (["share", "qemu:web1", "--format", "raw"], 2, "--format is for image files"),
+    "format of audited guests": (["audit", "qemu:web1", "--format", "raw"], 2, "--format is for image files"),
+    "sharers of audited guests": (["audit", "qemu:web1", "--max-sharers", "4"], 2, "--max-sharers is for image files"),
+    "reserve of images": (["share", "{a}", "--reserve-mib", "5"], 2, "--reserve-mib is for running QEMU guests"),
+    "huge pages of images": (["share", "{a}", "--huge-pages", "spare"], 2, "--huge-pages is for running QEMU guests"),
+    "groups of Xen": (["audit", "xen:", "--group", "all"], 2, "--group is not for Xen"),
     "usage": (["estimate"], 2, "SOURCE"),
     "command": (["levitate"], 2, "levitate"),
 }
@@ -210,6 +219,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         assert outcome.err.count("\n") == 1
         assert outcome.out == ""
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_headline_of_a_sample_is_what_is_certain(memshr: CommandLine, images: tuple[Path, Path]) -> None:
+    estimate = json.loads(memshr("estimate", *images, "--sample", "1/2", "--seed", "1", "--json").out)
+    low, high = (f"{pages * PAGE_SIZE / 2**20:,.1f}" for pages in estimate["bounds"]["saved_pages"])
+    first = memshr("estimate", *images, "--sample", "1/2", "--seed", "1").out.splitlines()[0]
+    assert first.startswith(f"Between {low} and {high} MiB can be saved")
+
+
+@pytest.mark.parametrize(
+    ("uid", "words"), [(0, "o QEMU guest runs on this host"), (1000, "o QEMU guest runs that this user may see")]
+)
+def test_a_user_is_not_told_that_there_is_no_guest(
+    memshr: CommandLine, monkeypatch: pytest.MonkeyPatch, uid: int, words: str
+) -> None:
+    monkeypatch.setattr("memshr.qemu.guests.find_guests", list)
+    monkeypatch.setattr("memshr.opening.guests.os.geteuid", lambda: uid)
+    status, share = memshr("status"), memshr("share", "qemu:all")
+    assert (status.code, share.code) == (0, 2)
+    for text in (status.out, share.err):
+        assert words in text
+        assert ("run memshr as root" in text) == (uid != 0)
 
 
 def test_internal_error_is_one_line_too(

@@ -9,7 +9,7 @@ from functools import partial
 import click
 import numpy as np
 
-from memshr.cli.options import print_json, sharing_options
+from memshr.cli.options import print_json, refuse_options, sharing_options
 from memshr.cli.rights import given_up
 from memshr.cli.running import run_session
 from memshr.cli.share import guest_groups
@@ -44,7 +44,10 @@ def audit(
     compared, byte for byte, with the image file opened afresh.
     """
     kind = kind_of(sources)
+    if kind is not SourceKind.IMAGE:
+        refuse_options(["image_format", "max_sharers"], "is for image files")
     if kind is SourceKind.XEN:
+        refuse_options(["groups"], "is not for Xen, which keeps no trust groups: all of the host is checked")
         with open_xen() as xen:
             _tell(xen.audit(patience_s=math.inf), as_json=as_json)
         return

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 
-from memshr.cli.options import print_json, sharing_options
+from memshr.cli.options import print_json, refuse_options, sharing_options
 from memshr.cli.report_files import report_files, write_reports
 from memshr.cli.rights import given_up
 from memshr.cli.running import progress_bar
 from memshr.estimation.analysis import EstimateProgress
 from memshr.estimation.estimate import estimate as estimate_sources
-from memshr.opening.grammar import only_images
+from memshr.opening.grammar import any_images, only_images
 from memshr.render.estimate_text import print_estimate
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -83,6 +83,12 @@ def estimate(
     Pages of live sources that could share are read twice; those that change in between are left out.
     """
     reports, html = (html_file, csv_file), html_file is not None
+    if sample is None:
+        refuse_options(["seed"], "is for --sample 1/N, which was not given")
+    if only_images(sources):
+        refuse_options(["interval"], "is for live memory; image files are looked at once")
+    if not any_images(sources):
+        refuse_options(["image_format"], "is for image files")
     with contextlib.ExitStack() as stack:
         # Live memory is read as root; then nothing is left but to lay out the reports.
         images_only = only_images(sources)

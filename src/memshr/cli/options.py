@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
+
+from memshr.errors import MemshrError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -72,6 +75,19 @@ def sharing_options(command: _Command) -> _Command:
     for option in (as_json, max_sharers, image_format, groups, sources):
         command = option(command)
     return command
+
+
+def refuse_options(names: Iterable[str], why: str) -> None:
+    """Refuse options that were typed although they do not apply.
+
+    :param names: the parameters of the command that is running, as the command's function calls them.
+    :raises MemshrError: one of them was on the command line.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        typed = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if parameter.name in names and typed:
+            raise MemshrError(f"{parameter.opts[0]} {why}")
 
 
 def print_json(value: object) -> None:

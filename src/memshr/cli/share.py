@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from memshr.cli.options import huge_pages, huge_share, print_json, reserve_mib, sharing_options
+from memshr.cli.options import huge_pages, huge_share, print_json, refuse_options, reserve_mib, sharing_options
 from memshr.cli.running import exit_with, not_to_be_stopped, run_session, say
 from memshr.errors import RefusedDomainError
 from memshr.opening.grammar import SourceKind, kind_of
@@ -55,6 +55,10 @@ def share(
     happens, and the files stay as they are.
     """
     kind = kind_of(sources)
+    if kind is not SourceKind.IMAGE:
+        refuse_options(["image_format"], "is for image files")
+    if kind is not SourceKind.QEMU:
+        refuse_options(["reserve_mib", "huge_pages", "huge_share"], "is for running QEMU guests")
     options = SharingOptions(
         max_sharers=max_sharers,
         huge_page_pages=HUGE_PAGE_PAGES + 1 if huge_pages == "spare" else ceil(huge_share * HUGE_PAGE_PAGES),

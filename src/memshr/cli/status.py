@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from rich.table import Table
 from memshr.cli.options import as_json, print_json
 from memshr.errors import NoSuchDomainError
 from memshr.opening.grammar import SourceKind, kind_of
-from memshr.opening.guests import select_guests
+from memshr.opening.guests import nothing_runs, select_guests
 from memshr.opening.xen import open_xen, select_domains
 from memshr.render.console import shown
 from memshr.render.wording import mib, printable
@@ -56,7 +57,9 @@ def status(guests: tuple[str, ...], as_json: bool) -> None:
         print_json([_plain(each) for each in found])
         return
     if not found:
-        click.echo("No QEMU guest runs on this host.")
+        hint = "" if os.geteuid() == 0 else ": run memshr as root to see those of every user"
+        text = nothing_runs()
+        click.echo(f"{text[0].upper()}{text[1:]}{hint}.")
         return
     _console().print(_table(found, {}))
     for each in found:

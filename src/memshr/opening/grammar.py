@@ -56,6 +56,11 @@ def only_images(sources: Sequence[str]) -> bool:
     return not any(prefix_of(source) in LIVE for source in sources)
 
 
+def any_images(sources: Sequence[str]) -> bool:
+    """Whether a memory image is among the sources."""
+    return any(prefix_of(source) not in LIVE for source in sources)
+
+
 def pid_of(source: str) -> int:
     """N of ``pid:N``. :raises MemshrError: it is no number of a process."""
     number = source.partition(":")[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -41,8 +42,15 @@ def select_guests(sources: Sequence[str]) -> list[GuestProcess]:
         for process in guests.select_guests(source.partition(":")[2]):
             found.setdefault(process.pid, process)
     if not found:
-        raise NoSuchDomainError("no QEMU guest runs on this host")
+        raise NoSuchDomainError(nothing_runs(), remedy="" if os.geteuid() == 0 else "run memshr as root")
     return list(found.values())
+
+
+def nothing_runs() -> str:
+    """What is said if there is no guest: a user sees only programs of their own."""
+    if os.geteuid() == 0:
+        return "no QEMU guest runs on this host"
+    return "no QEMU guest runs that this user may see"
 
 
 Grouping = Callable[[Mapping[DomId, "GuestProcess"]], Mapping[str, Collection[int]]]

@@ -23,12 +23,13 @@ def print_estimate(estimate: Estimate, *, grouped: bool) -> None:
     console = result_console()
     about = "" if estimate.method.exact else "about "
     share_of = estimate.saved_pages / estimate.total_pages if estimate.total_pages else 0.0
-    console.print(
-        f"[bold]{about}{mib(estimate.saved_pages)} MiB can be saved[/bold]: {about}{estimate.saved_pages:,} of"
-        f" {estimate.total_pages:,} pages ({share_of:.0%})"
-    )
     if estimate.bounds is not None and estimate.method.sample is not None:
-        _print_bounds(console, estimate.method.sample, estimate.bounds)
+        _print_bounds(console, estimate, estimate.method.sample, estimate.bounds)
+    else:
+        console.print(
+            f"[bold]{about}{mib(estimate.saved_pages)} MiB can be saved[/bold]: {about}{estimate.saved_pages:,} of"
+            f" {estimate.total_pages:,} pages ({share_of:.0%})"
+        )
     console.print(_breakdown(estimate))
     console.print(_domains(estimate))
     if estimate.pairs:
@@ -43,17 +44,19 @@ def print_estimate(estimate: Estimate, *, grouped: bool) -> None:
         console.print("Each domain shares within itself only; try --group all to see what one trust group would save.")
 
 
-def _print_bounds(console: Console, sample: Sample, bounds: Mapping[str, Bounds]) -> None:
+def _print_bounds(console: Console, estimate: Estimate, sample: Sample, bounds: Mapping[str, Bounds]) -> None:
     saved, zero = bounds["saved_pages"], bounds["zero_pages"]
+    total = max(1, estimate.total_pages)
     console.print(
-        f"Estimated from {sample.pages_read:,} pages, {sample.rate} of those with contents, drawn with seed"
-        f" {sample.seed}."
+        f"[bold]Between {mib(saved.low)} and {mib(saved.high)} MiB can be saved[/bold]: {saved.low / total:.0%} to"
+        f" {saved.high / total:.0%} of {estimate.total_pages:,} pages"
     )
     console.print(
-        f"With a confidence of {sample.confidence:.0%} {mib(saved.low)} to {mib(saved.high)} MiB can be saved, of"
-        f" which {mib(zero.low)} to {mib(zero.high)} MiB are zero pages. A sample hardly sees pages that exist only a"
-        " few times: see docs/report.md."
+        f"That is estimated from {sample.pages_read:,} pages, {sample.rate} of those with contents, drawn with seed"
+        f" {sample.seed}, with a confidence of {sample.confidence:.0%}. Between {mib(zero.low)} and {mib(zero.high)}"
+        " MiB of it are zero pages. A sample hardly sees pages that exist only a few times (docs/report.md)."
     )
+    console.print("The figures below are guesses between these bounds.")
 
 
 def _print_limits(console: Console, estimate: Estimate, achievable: Achievable) -> None:
