@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +36,28 @@ def test_it_is_what_the_kernel_says_of_us() -> None:
     assert identity.users[:3] == os.getresuid()
     assert identity.groups[:3] == os.getresgid()
     assert identity.still_holds()
+
+
+SETS_ITS_IDS = "import os, sys; os.setresgid(41, 42, 43); os.setresuid(51, 52, 53); sys.stdin.read()"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become others")
+def test_ids_are_those_of_the_process() -> None:
+    with waiting(sys.executable, "-c", SETS_ITS_IDS) as process:
+        wait_until(lambda: "53" in Path(f"/proc/{process.pid}/status").read_text(), 10, "it becomes another user")
+        identity = identity_of(process.pid)
+    assert identity.users == (51, 52, 53, 52)
+    assert identity.groups == (41, 42, 43, 42)
+
+
+def test_the_same_program_started_later_is_another() -> None:
+    stat = Path("/proc/self/stat").read_text()
+    assert identity_of(os.getpid()).start_ticks == int(stat.rpartition(")")[2].split()[19])
+    with waiting(sys.executable, "-c", READS) as one:
+        first = identity_of(one.pid)
+        time.sleep(0.05)
+        with waiting(sys.executable, "-c", READS) as other:
+            assert identity_of(other.pid).start_ticks > first.start_ticks
 
 
 def test_as_text_and_back() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from guests.victims import altered
 from memshr.errors import BackendError, RefusedDomainError
-from memshr.qemu import injection, syscalls
+from memshr.qemu import injection, syscalls, tracee
 from memshr.qemu.identity import identity_of
 from memshr.qemu.injection import Injector, descriptor_number, is_same_file
 
@@ -183,3 +183,10 @@ def test_a_process_with_very_many_descriptors_is_not_searched_for_ever(monkeypat
     ):
         descriptor_number(pid, pidfd, memory)
     os.close(memory)
+
+
+def test_the_injector_does_not_read_maps_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(list(tracee.mappings(os.getpid()))) > 3
+    monkeypatch.setattr(tracee, "_MAPS_MOST_LINES", 3)
+    with pytest.raises(tracee.Refused, match="too many mappings"):
+        list(tracee.mappings(os.getpid()))

@@ -1,16 +1,17 @@
 """Files that a QEMU has mapped under the name of a frame pool, however many they are."""
 
+import mmap
 import os
 
 import numpy as np
 import pytest
 
 from memshr.errors import BackendError
-from memshr.procfs import Vmas
-from memshr.qemu import guests, status
+from memshr.procfs import Vmas, process_mappings
+from memshr.qemu import control_area, guests, mark, status, syscalls
 from memshr.qemu.attachment import Attachment
 from memshr.qemu.guests import GuestProcess
-from memshr.qemu.pool import files_of_pools
+from memshr.qemu.pool import FramePool, files_of_pools
 from memshr.types import PAGE_SIZE
 
 BASE = 0x7F0000000000
@@ -64,3 +65,44 @@ def test_a_guest_that_ends_while_its_pools_are_looked_at_is_one_guests_trouble(m
     monkeypatch.setattr(GuestProcess, "mappings", lambda _: mappings)
     monkeypatch.setattr(GuestProcess, "running", property(lambda _: True))
     assert status.status_of(GUEST).groups == ()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mark files")
+def test_a_file_that_is_called_like_a_pool_is_none_without_the_mark() -> None:
+    file = os.memfd_create("memshr-pool:crew")
+    os.ftruncate(file, PAGE_SIZE)
+    with mmap.mmap(file, PAGE_SIZE):
+        (vma,) = [vma for vma in process_mappings(os.getpid()) if vma.path.startswith("/memfd:memshr-pool:crew")]
+        assert FramePool.adopt(os.getpid(), vma) is None
+    os.close(file)
+    made = FramePool.create("crew")
+    made.add(np.ones((1, PAGE_SIZE), np.uint8))
+    readable = made.readable()
+    with mmap.mmap(readable, PAGE_SIZE, prot=mmap.PROT_READ):
+        vmas = [vma for vma in process_mappings(os.getpid()) if vma.path.startswith("/memfd:memshr-pool:")]
+        adopted = FramePool.adopt(os.getpid(), vmas[0])
+        assert adopted is not None
+        assert (adopted.group, adopted.file) == ("crew", made.file)
+        adopted.close()
+    os.close(readable)
+    made.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mark files")
+def test_a_control_area_has_the_mark_the_size_and_the_seals() -> None:
+    def made(*, marked: bool = True, size: int = control_area.CONTROL_BYTES, sealed: bool = True) -> bool:
+        file = syscalls.memfd_create(control_area.CONTROL_NAME)
+        try:
+            os.ftruncate(file, size)
+            if marked:
+                mark.put(file, b"agent")
+            if sealed:
+                syscalls.add_seals(file, syscalls.F_SEAL_SHRINK | syscalls.F_SEAL_GROW | syscalls.F_SEAL_SEAL)
+            return control_area.is_ours(file)
+        finally:
+            os.close(file)
+
+    assert made()
+    assert not made(marked=False)
+    assert not made(size=control_area.CONTROL_BYTES - PAGE_SIZE)
+    assert not made(sealed=False)

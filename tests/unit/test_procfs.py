@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from child_process import child
+from memshr import procfs
 from memshr.errors import ImageError
 from memshr.procfs import ProcessMemory, Vma, Vmas, process_mappings
 from memshr.runs import true_runs
@@ -241,3 +242,11 @@ def test_nothing_stays_open() -> None:
         with pytest.raises(ImageError):
             ProcessMemory(process.pid)
         assert set(Path("/proc/self/fd").iterdir()) <= before
+
+
+def test_maps_of_long_names_without_end_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(procfs, "_MOST_MAPS_BYTES", 100)
+    process_mappings(os.getpid())  # its lines are short
+    monkeypatch.setattr(procfs, "_MOST_LINE_BYTES", 1)
+    with pytest.raises(OSError, match="very many files with very long names"):
+        process_mappings(os.getpid())
