@@ -44,7 +44,9 @@ SETS_ITS_IDS = "import os, sys; os.setresgid(41, 42, 43); os.setresuid(51, 52, 5
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become others")
 def test_ids_are_those_of_the_process() -> None:
     with waiting(sys.executable, "-c", SETS_ITS_IDS) as process:
-        wait_until(lambda: "53" in Path(f"/proc/{process.pid}/status").read_text(), 10, "it becomes another user")
+        wait_until(
+            lambda: "Uid:\t51\t52\t53" in Path(f"/proc/{process.pid}/status").read_text(), 10, "it becomes another user"
+        )
         identity = identity_of(process.pid)
     assert identity.users == (51, 52, 53, 52)
     assert identity.groups == (41, 42, 43, 42)
