@@ -1,6 +1,8 @@
 """The fuzzer's seeds without the fuzzer: as they are, cut short, and with bytes changed."""
 
+import os
 import random
+import struct
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ import pytest
 from fuzz import area, maps, monitor
 from fuzz.campaign import CORPUS, MAX_INPUT_BYTES, TARGETS
 from fuzz.images import exercise
-from fuzz.seeds import CORPORA, seeds
+from fuzz.seeds import CORPORA, area_seeds, seeds
 from memshr.images import FORMATS
+from memshr.qemu import syscalls
+from memshr.qemu.control_area import DATA, TABLE
 
 SEEDS = seeds()
 CHANGES = 50
@@ -95,3 +99,20 @@ def test_seed_with_bytes_changed(tmp_path: Path, name: str) -> None:
             width = choice.choice([1, 1, 2, 4, 8])
             contents[place : place + width] = bytes([choice.choice([*INTERESTING, choice.randrange(256)])]) * width
         exercise(bytes(contents), tmp_path)
+
+
+def test_requests_of_userfaultfd_go_to_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def noted(file: int, _features: int) -> int:
+        asked.append(os.fspath(Path(f"/proc/self/fd/{file}").readlink()))
+        return 0
+
+    monkeypatch.setattr(syscalls, "userfaultfd_api", noted)
+    reading, writing = os.pipe()
+    data = bytearray(area_seeds()["honest"])
+    struct.pack_into("<q", data, TABLE - DATA + 56, reading)  # the agent says that this is its userfaultfd
+    assert "make" not in area.exercise(bytes(data), tmp_path)
+    assert not [name for name in asked if "userfaultfd" not in name]
+    os.close(reading)
+    os.close(writing)
